@@ -1,0 +1,46 @@
+# `make train` and `make test` each work alone on a fresh machine: they create .venv first, and only when it is out of date.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+CONFIG ?= ds_configs/demo.json
+RUN_DIR ?= runs/$(basename $(notdir $(CONFIG)))
+PYTEST_ARGS ?=
+
+# DeepSpeed's ops are built for one torch, so they live and die with the environment that holds it.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: train test setup check clean
+
+train: $(VENV)/.ready
+	python -m launch.run $(CONFIG) --run_dir $(RUN_DIR)
+
+test: $(VENV)/.ready
+	python -m pytest tests $(PYTEST_ARGS)
+
+setup: $(VENV)/.ready
+
+check: $(VENV)/.ready-check
+	ruff check .
+	ruff format --check .
+	mypy
+	codespell
+	python -m pytest tests/unit/test_layers.py
+
+# deepspeed's own set-up imports torch, so torch comes first and build isolation is off. shm_comm is what DeepSpeed needs
+# for ranks on the CPU: built here once, before two ranks could build it at the same time.
+$(VENV)/.ready: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moelab needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@command -v c++ >/dev/null || { echo "a C++ compiler is needed for DeepSpeed's CPU communication (Debian: g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install -q -c constraints.txt setuptools wheel ninja packaging numpy torch
+	python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
+	touch $@
+
+$(VENV)/.ready-check: $(VENV)/.ready
+	python -m pip install -q -c constraints.txt codespell mypy pre-commit ruff
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

