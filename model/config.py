@@ -1,0 +1,154 @@
+"""What a model is: the `run.model` section of a run file, and the errors that users meet.
+
+Only pydantic and the standard library are imported, so that a head node can read, count and refuse a model without
+torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+
+class ConfigError(ValueError):
+    """A run file or command line that cannot work. The message names key=value, the rule and the way out."""
+
+
+class DataError(ValueError):
+    """Token files, manifests or tokenizers that are missing, damaged or do not belong together."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, or belongs to another run or topology."""
+
+
+class Section(BaseModel):
+    """Base of every section under `run`: unknown keys are refused, nothing is coerced, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def without_effect(self) -> dict[str, str]:
+        """Keys that nothing reads, given the other keys, and why. To state one is refused; a dump leaves them out."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_without_effect(self) -> Self:
+        for name, why in self.without_effect().items():
+            if name in self.model_fields_set and getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)} has no effect {why}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self.without_effect()
+        return {name: value for name, value in dump(self).items() if name not in unused}
+
+
+class MoEConfig(Section):
+    """`run.model.moe`: which blocks have experts, how tokens reach them, how their load is balanced."""
+
+    num_experts: int = Field(ge=1)
+    top_k: int = Field(default=2, ge=1)
+    layer_freq: int = Field(default=1, ge=1)  # every layer_freq-th block has experts, the last block of each such run
+    ffn_hidden_size: int = Field(ge=1)
+    capacity_factor: float = Field(default=1.0, ge=0)  # 0 = dropless
+    eval_capacity_factor: float = Field(default=0.0, ge=0)  # dropless: val/bpb must not depend on the batch it sits in
+    min_capacity: int = Field(default=4, ge=1)
+    balance: Literal["aux_loss", "none"] = "aux_loss"
+    aux_loss_coeff: float = Field(default=0.02, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds num_experts={self.num_experts}. Use a top_k of at most {self.num_experts}."
+            )
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        if self.balance == "none":
+            return {"aux_loss_coeff": "with balance='none'. Remove it, or use balance='aux_loss'."}
+        return {}
+
+
+class ModelConfig(Section):
+    """`run.model`: a decoder-only transformer, dense when `moe` is absent."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1)  # width of dense MLPs; required where there are any
+    num_attention_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)  # default: num_attention_heads
+    seq_len: int = Field(ge=1)
+    vocab_size: int = Field(ge=2)
+    activation: Literal["relu2", "swiglu"] = "relu2"
+    norm_affine: bool = False
+    embedding_norm: bool = True  # RMSNorm right after the token embedding
+    qk_norm: bool = True
+    value_embeddings: bool = False
+    logit_softcap: float | None = Field(default=None, gt=0)
+    tie_embeddings: bool = False
+    rope_theta: float = Field(default=10000.0, gt=0)
+    moe: MoEConfig | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_gate_size(self) -> int:
+        """Channels of the block's input that the value-embedding gate reads (nanochat's 32, fewer in tiny models)."""
+        return min(32, self.hidden_size)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) has experts: with layer_freq 2 these are blocks 1, 3, 5 ..."""
+        return self.moe is not None and (layer + 1) % self.moe.layer_freq == 0
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second block has a value embedding, the last one included."""
+        return self.value_embeddings and layer % 2 == (self.num_layers - 1) % 2
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.is_moe_layer(layer)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}. "
+                f"Use a hidden_size such as {self.hidden_size // heads * heads + heads}, or other heads."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} over num_attention_heads={heads} gives heads of {self.head_dim}; "
+                "rotary embedding rotates pairs. Use an even head size."
+            )
+        if heads % self.kv_heads:
+            raise ConfigError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_attention_heads={heads}. "
+                f"Use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}."
+            )
+        if self.moe is not None and not self.moe_layers:
+            raise ConfigError(
+                f"moe.layer_freq={self.moe.layer_freq} leaves none of the num_layers={self.num_layers} blocks with "
+                f"experts. Use a layer_freq of at most {self.num_layers}, or remove moe."
+            )
+        dense_layers = self.num_layers - len(self.moe_layers)
+        if dense_layers and self.ffn_hidden_size is None:
+            raise ConfigError(
+                f"ffn_hidden_size is missing, but {dense_layers} of {self.num_layers} blocks have a dense MLP. "
+                "State its width."
+            )
+        if not dense_layers and self.ffn_hidden_size is not None:
+            raise ConfigError(
+                f"ffn_hidden_size={self.ffn_hidden_size} has no effect: every block has experts "
+                f"(moe.layer_freq=1). Remove it, or set moe.ffn_hidden_size for the width of an expert."
+            )
+        return self
