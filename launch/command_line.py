@@ -1,0 +1,67 @@
+"""The command line that train.py and launch.run share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from launch.run_config import DEFAULT_CONFIG, REPO_ROOT
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--run_dir, --resume and --set, which mean the same in train.py and launch.run."""
+    parser.add_argument("--run_dir", type=Path, metavar="DIR", help="run folder (default: runs/<name of the run file>)")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|STEP|never", help="continue an unfinished run folder (default: auto)"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        dest="assignments",
+        metavar="KEY=VALUE",
+        help="change any key of the run file: value is JSON, else a string; null deletes",
+    )
+
+
+def parse_train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of train.py: config, run_dir, resume, assignments."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train one run file under deepspeed, torchrun or plain python."
+    )
+    parser.add_argument(
+        "--config",
+        "--deepspeed_config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="run file (default: %(default)s)",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--refusal_file", type=Path, help=argparse.SUPPRESS)  # launch.run reads why a run was refused
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # `deepspeed` passes it; LOCAL_RANK says the same
+    args = parser.parse_args(argv)
+    args.run_dir = args.run_dir or default_run_dir(args.config)
+    return args
+
+
+def default_run_dir(config: Path) -> Path:
+    return REPO_ROOT / "runs" / config.stem
+
+
+def parse_launch_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of launch.run: config, run_dir, resume, assignments, dry_run. Paths are absolute."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.run",
+        description="Start one run file under deepspeed, with the ranks that it states, and watch it.",
+    )
+    parser.add_argument("config", type=Path, metavar="FILE", help="run file, such as ds_configs/demo.json")
+    add_run_arguments(parser)
+    parser.add_argument("--dry_run", action="store_true", help="print what would be started, and start nothing")
+    args = parser.parse_args(argv)
+    args.config = args.config.absolute()
+    args.run_dir = (args.run_dir or default_run_dir(args.config)).absolute()
+    return args

@@ -1,0 +1,476 @@
+"""One JSON file = one run: read it, apply its bases and --set, fill in defaults, refuse what cannot work.
+
+    base chain -> file -> --set -> defaults -> refusal
+
+Nothing here imports torch: a bad file is refused within a second, on a laptop or a head node. What DeepSpeed owns stays
+at the top level, spelt as DeepSpeed spells it, and reaches `deepspeed.initialize` untouched; `base` and `run` are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from launch.deepspeed_keys import check_deepspeed_keys, refuse_unknown
+from model.config import ConfigError, ModelConfig, Section
+from model.flops import count_parameters
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = REPO_ROOT / "ds_configs" / "moe_d12.json"
+
+
+class DataConfig(Section):
+    """`run.data`: a prefix of a .bin/.idx pair, "builtin" (State of the Union speeches) or "synthetic"."""
+
+    train: str = Field(default="builtin", min_length=1)
+    val: str | None = Field(default=None, min_length=1)  # default: as train for builtin and synthetic, else none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_val(cls, section: Any) -> Any:
+        if isinstance(section, dict) and "val" not in section and section.get("train", "builtin") in BUILT_IN_DATA:
+            return {**section, "val": section.get("train", "builtin")}
+        return section
+
+
+BUILT_IN_DATA = ("builtin", "synthetic")
+
+
+class TrainConfig(Section):
+    """`run.train`: horizon, learning-rate schedule, and how often to look at the run."""
+
+    num_steps: int | None = Field(default=None, ge=1)
+    target_tokens: int | None = Field(default=None, ge=1)
+    tokens_per_active_param: float | None = Field(default=None, gt=0)
+    stop_at_step: int | None = Field(default=None, ge=1)
+    schedule: Literal["constant", "wsd", "cosine"] = "wsd"  # wsd: warm up, stay, decay linearly to zero
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_frac: float = Field(default=0.2, gt=0, le=1)
+    eval_every: int | None = Field(default=None, ge=1)  # besides step 0 and the last
+    save_every: int | None = Field(default=None, ge=1)  # besides the last
+    keep_last: int = Field(default=2, ge=1)
+    sample_every: int | None = Field(default=None, ge=1)  # besides the last
+    sample_prompt: str = "The state of the Union"
+    sample_tokens: int = Field(default=48, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stated = [name for name in HORIZONS if getattr(self, name) is not None]
+        if len(stated) != 1:
+            found = " and ".join(stated) if stated else "none of them"
+            raise ConfigError(f"num_steps, target_tokens, tokens_per_active_param: {found} given. State exactly one.")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        unused = {}
+        if self.schedule != "wsd":
+            unused["decay_frac"] = f"with schedule={self.schedule!r}. Remove it, or use schedule='wsd'."
+        if self.sample_tokens == 0:
+            unused["sample_every"] = unused["sample_prompt"] = "with sample_tokens=0. Remove it, or ask for tokens."
+        return unused
+
+
+HORIZONS = ("num_steps", "target_tokens", "tokens_per_active_param")
+
+
+class LaunchConfig(Section):
+    """`run.launch`: what launch.run starts. Inside train.py the world size wins; ep_size must divide it."""
+
+    num_nodes: int = Field(default=1, ge=1)
+    num_gpus: int | Literal["auto"] = "auto"  # per node; auto: as many as are there and divide the batch
+    ep_size: int | Literal["auto", "max"] = "auto"  # auto: the smallest that fits; max: the largest that divides
+    hostfile: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("num_gpus", "ep_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{name}={value} is below 1. Use a number of at least 1, or 'auto'.")
+        if self.num_nodes > 1 and self.hostfile is None:
+            raise ConfigError(
+                f"num_nodes={self.num_nodes} needs run.launch.hostfile, DeepSpeed's list of hosts and slots. "
+                "Name the file, or use num_nodes=1."
+            )
+        if self.num_nodes > 1 and self.num_gpus == "auto":
+            raise ConfigError(
+                f"num_gpus='auto' looks at this machine only, and num_nodes={self.num_nodes}. "
+                "State the number of GPUs per node."
+            )
+        return self
+
+
+class WandbConfig(Section):
+    """`run.wandb`: Weights & Biases, from rank 0. auto: online with a key, offline without one."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "moelab"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None  # default: the run folder's name
+    tags: list[str] = Field(default_factory=list)
+
+
+class RunSection(Section):
+    """Everything under `run`."""
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
+    train: TrainConfig
+    launch: LaunchConfig = LaunchConfig()
+    wandb: WandbConfig = WandbConfig()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved run: validated sections, DeepSpeed's own dictionary, and what identifies the run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    launch: LaunchConfig
+    wandb: WandbConfig
+    deepspeed: dict[str, Any]  # for deepspeed.initialize, as the file spells it
+    resolved: dict[str, Any]  # the whole file, bases applied, defaults filled in
+    num_steps: int
+    config_hash: str  # of all that the trajectory depends on; see hash_of
+
+    @property
+    def train_batch_size(self) -> int:
+        return self.deepspeed["train_batch_size"]
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train_batch_size * self.model.seq_len
+
+
+def load_run(path: str | Path, assignments: list[str] | None = None) -> Run:
+    """Read, resolve and check a run file. `assignments` are --set strings, "run.train.num_steps=20".
+
+    Raises ConfigError, one line, for anything that can be known to be wrong without a GPU.
+    """
+    tree = read_with_bases(Path(path))
+    for assignment in assignments or []:
+        apply_assignment(tree, assignment)
+    return resolve(tree)
+
+
+def resolve(tree: dict[str, Any]) -> Run:
+    """Validate a merged tree (bases and --set already applied) and fill in its defaults."""
+    tree = copy.deepcopy(tree)
+    tree.pop("base", None)
+    run_tree = tree.pop("run", None)
+    if not isinstance(run_tree, dict):
+        raise ConfigError(
+            "run is missing: a moelab run file needs a `run` section beside DeepSpeed's keys. See ds_configs/."
+        )
+    check_deepspeed_keys(tree, our_keys=("base", "run"))
+    section = parse_section(RunSection, run_tree, "run")
+    refuse_deepspeed_settings(tree, section)
+    resolved = {**tree, "run": section.model_dump(mode="json")}
+    return Run(
+        model=section.model,
+        data=section.data,
+        train=section.train,
+        launch=section.launch,
+        wandb=section.wandb,
+        deepspeed=tree,
+        resolved=resolved,
+        num_steps=horizon(section, tree["train_batch_size"]),
+        config_hash=hash_of(resolved),
+    )
+
+
+def horizon(section: RunSection, train_batch_size: int) -> int:
+    """Number of optimizer steps, from whichever of the three horizons the file states."""
+    train, tokens_per_step = section.train, train_batch_size * section.model.seq_len
+    if train.num_steps is not None:
+        return train.num_steps
+    if train.target_tokens is not None:
+        name, tokens = "target_tokens", float(train.target_tokens)
+    else:
+        assert train.tokens_per_active_param is not None
+        name, tokens = (
+            "tokens_per_active_param",
+            train.tokens_per_active_param * count_parameters(section.model).active_matmul,
+        )
+    if tokens < tokens_per_step:
+        raise ConfigError(
+            f"run.train.{name}={getattr(train, name)} is {tokens:,.0f} tokens, less than one step of "
+            f"{tokens_per_step:,}. Raise it, or lower train_batch_size."
+        )
+    return int(tokens // tokens_per_step)
+
+
+# Settings that say where and under whose eyes a run happens, or when it pauses: a run may be continued with others.
+NOT_IN_HASH = (("launch",), ("wandb",), ("train", "stop_at_step"), ("train", "save_every"), ("train", "keep_last"))
+
+
+def hash_of(resolved: dict[str, Any]) -> str:
+    """Hash of the resolved file without NOT_IN_HASH: equal hashes may continue each other's run folder."""
+    tree = copy.deepcopy(resolved)
+    for *parents, name in NOT_IN_HASH:
+        section = tree["run"]
+        for parent in parents:
+            section = section[parent]
+        section.pop(name, None)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file as an RFC 7396 merge patch over its base, that one over its own, and so on."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(
+            f"base: {' -> '.join(p.name for p in (*seen, path))} is a cycle. Remove one of these `base` keys."
+        )
+    tree = read_json(path, named_by=seen[-1] if seen else None)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"base={base!r} in {path.name} is not a path. Name another run file, relative to this one.")
+    return lay_over(read_with_bases(path.parent / base, (*seen, path)), tree)
+
+
+def read_json(path: Path, named_by: Path | None = None) -> dict[str, Any]:
+    """One JSON object from a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        via = f" (named as base by {named_by.name})" if named_by else ""
+        raise ConfigError(f"{path}: no such run file{via}. ds_configs/ holds those that ship.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: not UTF-8 text at byte {error.start}. Save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a run file, a JSON file.") from None
+    try:
+        tree = parse_json(text, path.name)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path.name} line {error.lineno}, column {error.colno}: {error.msg}. Fix the JSON."
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.name}: holds a {type(tree).__name__}, not an object. A run file is one JSON object.")
+    return tree
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON without Python's leniency: a key given twice, NaN and numbers too large for a float are refused.
+
+    Raises json.JSONDecodeError for what is not JSON at all, ConfigError for the rest.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{where}: the key {key!r} stands twice in one object. Remove one of them.")
+        return dict(pairs)
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ConfigError(f"{where}: {number} is not a finite number. Write one.")
+        return float(number)
+
+    return json.loads(text, object_pairs_hook=no_duplicates, parse_float=finite, parse_constant=finite)
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396: objects merge key by key, null deletes, anything else replaces."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def lay_over(tree: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """`patch` merged over `tree`; a patch that states a horizon replaces the one it inherits."""
+    section = patch.get("run", {}).get("train", {}) if isinstance(patch.get("run", {}), dict) else {}
+    if isinstance(section, dict) and any(section.get(name) is not None for name in HORIZONS):
+        tree = merge_patch(tree, {"run": {"train": dict.fromkeys(HORIZONS)}})
+    return merge_patch(tree, patch)
+
+
+def apply_assignment(tree: dict[str, Any], assignment: str) -> None:
+    """Apply "a.b.c=value" in place; the value is JSON, else a string; null deletes."""
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment}: not of the form key.key=value. Example: --set run.train.num_steps=20")
+    if keys[0] == "base":
+        raise ConfigError(f"--set {assignment}: base cannot be set at the prompt. Write a run file with that base.")
+    try:
+        value = parse_json(text, f"--set {assignment}")
+    except json.JSONDecodeError:
+        value = text
+    patch: Any = value
+    for key in reversed(keys):
+        patch = {key: patch}
+    merged = lay_over(tree, patch)
+    tree.clear()
+    tree.update(merged)
+
+
+# --- refusing ---------------------------------------------------------------------------------------------------------
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse_section(section: type[S], tree: dict[str, Any], where: str) -> S:
+    """Validate `tree` as `section`; the first violation becomes a one-line ConfigError that names the full key."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as errors:
+        raise_first(section, errors.errors(), where)
+
+
+def location_of(error: Any) -> list[str]:
+    """Keys that lead to an error, without the members of a union ("int", "literal['auto']") that stand among them."""
+    return [str(part) for part in error["loc"] if not (str(part).startswith("literal[") or part in ("int", "str"))]
+
+
+def raise_first(section: type[BaseModel], errors: list[Any], where: str) -> NoReturn:
+    # a misspelt key first: it is the cause when the same key is also missing
+    error = min(errors, key=lambda each: each["type"] != "extra_forbidden")
+    location = location_of(error)
+    key = ".".join([where, *location])
+    if error["type"] == "extra_forbidden":
+        refuse_unknown(key, known_keys(section, location[:-1]))
+    if error["type"] == "missing":
+        raise ConfigError(f"{key} is missing. State it.") from None
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        raise ConfigError(f"{key}.{cause}") from None
+    rules = dict.fromkeys(rule_of(each) for each in errors if location_of(each) == location)
+    raise ConfigError(f"{key}={json.dumps(error['input'])}: should be {' or '.join(rules)}.") from None
+
+
+def rule_of(error: Any) -> str:
+    """What a value should have been, to be read after "should be"."""
+    if error["type"] == "model_type":
+        return "an object"
+    if error["type"] == "string_too_short":
+        return "a string that is not empty"
+    return error["msg"].removeprefix("Input should be ")
+
+
+def known_keys(section: type[BaseModel], location: list[str]) -> list[str]:
+    """Keys of the section at `location` below `section`."""
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        section = next(
+            kind
+            for kind in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        )
+    return list(section.model_fields)
+
+
+def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
+    """Refuse DeepSpeed settings that would be wrong, silently ineffective or unsupported in this run."""
+    moe = run.model.moe
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        value = stated(tree, name, "State it, in sequences.")
+        if not is_integer(value) or value < 1:
+            raise ConfigError(f"{name}={json.dumps(value)}: should be a number of sequences, an integer of at least 1.")
+    if tree["train_batch_size"] % tree["train_micro_batch_size_per_gpu"]:
+        raise ConfigError(
+            f"train_batch_size={tree['train_batch_size']} is not a multiple of "
+            f"train_micro_batch_size_per_gpu={tree['train_micro_batch_size_per_gpu']}. Change one of them."
+        )
+    clipping = stated(
+        tree, "gradient_clipping", "State it: DeepSpeed's silent default is 1.0, and 0 turns clipping off."
+    )
+    if not is_number(clipping) or clipping < 0:
+        raise ConfigError(f"gradient_clipping={json.dumps(clipping)}: should be a number of at least 0.")
+    if "scheduler" in tree:
+        raise ConfigError(
+            f"scheduler.type={json.dumps(tree['scheduler'].get('type'))} has no place here: run.train.schedule sets "
+            "the learning rate. Remove the scheduler section."
+        )
+    refuse_optimizer(tree)
+    bf16 = tree.get("bf16", {}).get("enabled", False)
+    if not isinstance(bf16, bool):
+        raise ConfigError(f"bf16.enabled={json.dumps(bf16)}: should be true or false.")
+    for name, way_out in (
+        ("fp16", "Use bf16, or neither for fp32"),
+        ("expert_parallel", "That is DeepSpeed's AutoEP; set run.launch.ep_size and run.model.moe instead"),
+    ):
+        if tree.get(name, {}).get("enabled"):
+            raise ConfigError(f"{name}.enabled={json.dumps(tree[name]['enabled'])} is not supported. {way_out}.")
+
+    zero = tree.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if not is_integer(stage) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage={json.dumps(stage)}: should be 0, 1 or 2.")
+    if stage == 3:
+        why = ": DeepSpeed's MoE layer does not run under ZeRO-3" if moe else ""
+        raise ConfigError(f"zero_optimization.stage=3 is not supported{why}. Use 1 or 2.")
+    if stage == 0 and moe:
+        raise ConfigError(
+            "zero_optimization.stage=0 averages the ranks' gradient norms, so with experts the norm and its clipping "
+            "depend on their placement (deepspeed 0.19.8). Use 1 or 2."
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"zero_optimization.{name}.device={zero[name]['device']!r} is not supported: the optimizer is torch's "
+                "AdamW on the device. Remove it."
+            )
+
+
+OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
+
+
+def refuse_optimizer(tree: dict[str, Any]) -> None:
+    optimizer = stated(tree, "optimizer", 'State one, such as {"type": "AdamW", "params": {"lr": 3e-4}}.')
+    if stated(optimizer, "type", "Use 'AdamW'.", parent="optimizer.") != "AdamW":
+        raise ConfigError(f"optimizer.type={json.dumps(optimizer['type'])} is not supported. Use 'AdamW'.")
+    params = optimizer.get("params", {})
+    for name in params:
+        if name not in OPTIMIZER_PARAMS:
+            refuse_unknown(f"optimizer.params.{name}", list(OPTIMIZER_PARAMS))
+    stated(params, "lr", "State the peak learning rate.", parent="optimizer.params.")
+    for name in ("lr", "eps", "weight_decay"):
+        if name in params and (not is_number(params[name]) or params[name] < 0):
+            raise ConfigError(f"optimizer.params.{name}={json.dumps(params[name])}: should be a number of at least 0.")
+    betas = params.get("betas", [0.9, 0.999])
+    if not (isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)):
+        raise ConfigError(f"optimizer.params.betas={json.dumps(betas)}: should be two numbers in [0, 1).")
+
+
+def stated(section: dict[str, Any], name: str, way_out: str, parent: str = "") -> Any:
+    """The value of a key that has no default here."""
+    if section.get(name) is None:
+        raise ConfigError(f"{parent}{name} is missing. {way_out}")
+    return section[name]
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

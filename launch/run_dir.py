@@ -1,0 +1,126 @@
+"""The run folder: what lies in it, whether a run may begin or continue there, and files that are never half written.
+
+config.json  env.json  metrics.jsonl  summary.json  log.txt  rank*.err  checkpoints/  wandb/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import ConfigError
+
+Status = Literal["running", "completed", "stopped", "failed", "oom", "nan", "hang"]
+EXIT_COMPLETED, EXIT_REFUSED, EXIT_STOPPED, EXIT_FAILED = 0, 2, 3, 4
+EXIT_CODES: dict[str, int] = {"completed": EXIT_COMPLETED, "stopped": EXIT_STOPPED}  # any other status: EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a run starts in its folder."""
+
+    action: Literal["fresh", "resume", "completed"]
+    step: int  # the checkpoint to continue from; 0 when fresh
+
+
+def decide_beginning(run_dir: Path, config_hash: str, resume: str) -> Beginning:
+    """Apply --resume to a folder. `resume` is "auto", "never" or a step. Writes nothing.
+
+    Raises ConfigError if the folder belongs to another run, is not a run folder, or lacks the step asked for.
+    """
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        if resume not in ("auto", "never"):
+            raise ConfigError(
+                f"--resume {resume}: {run_dir} holds no run. Use --resume auto, or name the run's folder."
+            )
+        return Beginning("fresh", 0)
+    if not run_dir.is_dir():
+        raise ConfigError(f"--run_dir {run_dir}: is a file. Name a folder.")
+    if resume == "never":
+        raise ConfigError(
+            f"--resume never: {run_dir} is not empty. Use another --run_dir, or --resume auto to continue it."
+        )
+    env = read_json_object(run_dir / "env.json")
+    if env is None:
+        raise ConfigError(
+            f"--run_dir {run_dir}: is not empty and not a run folder (no env.json). Use another --run_dir."
+        )
+    if env.get("config_hash") != config_hash:
+        raise ConfigError(
+            f"--run_dir {run_dir}: belongs to a run with another configuration (hash {env.get('config_hash')}, this "
+            f"one {config_hash}). Use another --run_dir, or the run file in {run_dir / 'config.json'}."
+        )
+    if resume != "auto":
+        if not resume.isdecimal() or not (run_dir / "checkpoints" / checkpoint_name(int(resume))).is_dir():
+            saved = ", ".join(str(step) for step in saved_steps(run_dir)) or "none"
+            raise ConfigError(
+                f"--resume {resume}: no such checkpoint in {run_dir} (saved steps: {saved}). Use one of them, or auto."
+            )
+        return Beginning("resume", int(resume))
+    summary = read_summary(run_dir)
+    if summary is not None and summary.get("status") == "completed":
+        return Beginning("completed", int(summary.get("step", 0)))
+    latest = latest_step(run_dir)
+    return Beginning("fresh", 0) if latest is None else Beginning("resume", latest)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoint folders, oldest first."""
+    folder = run_dir / "checkpoints"
+    names = [path.name for path in folder.glob("step_*") if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
+
+
+def latest_step(run_dir: Path) -> int | None:
+    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None without one."""
+    latest = run_dir / "checkpoints" / "latest"
+    if not latest.is_file():
+        return None
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not name.removeprefix("step_").isdecimal():
+        saved = ", ".join(str(step) for step in saved_steps(run_dir)) or "none"
+        raise ConfigError(
+            f"{latest}: names {name!r}, not a step (saved steps: {saved}). Use --resume with one of them."
+        )
+    return int(name.removeprefix("step_"))
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    return read_json_object(run_dir / "summary.json")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file of the run folder; None if there is none. Raises ConfigError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        raise ConfigError(
+            f"{path}: is not valid JSON, so the folder cannot be trusted. Use another --run_dir."
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader, or a crash, finds the old file or the new one and nothing between."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically and durably: a temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # only a failure leaves it

@@ -1,0 +1,94 @@
+"""The memory estimate that chooses an ep_size, and how GPUs are asked."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from launch.memory import GIB, estimate_memory, query_gpus
+from launch.run_config import REPO_ROOT, Run, load_run
+from model.flops import count_parameters
+
+
+def moe_tiny(*assignments: str) -> Run:
+    return load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json", list(assignments))
+
+
+def states(ranks: int, ep_size: int, *assignments: str) -> int:
+    return estimate_memory(moe_tiny(*assignments), ranks, ep_size).states
+
+
+def test_one_rank_in_bf16_holds_16_bytes_a_parameter() -> None:
+    """2 for the weight, 2 for its gradient, 12 for the fp32 master and two moments."""
+    total = count_parameters(moe_tiny().model).total
+    assert states(1, 1, "bf16.enabled=true") == 16 * total
+
+
+def test_one_rank_in_fp32_holds_20_bytes_a_parameter() -> None:
+    assert states(1, 1) == 20 * count_parameters(moe_tiny().model).total
+
+
+@pytest.mark.parametrize(
+    ("stage", "ep_size", "dense_bytes", "expert_bytes"),
+    [
+        (1, 1, 2 + 2 + 12 / 8, 2 + 2 + 12 / 8),
+        (2, 1, 2 + 2 / 8 + 12 / 8, 2 + 2 / 8 + 12 / 8),
+        (1, 4, 2 + 2 + 12 / 8, (2 + 2 + 12 / 2) / 4),
+        (2, 4, 2 + 2 / 8 + 12 / 8, (2 + 2 / 2 + 12 / 2) / 4),
+    ],
+)
+def test_eight_ranks_divide_states_among_those_that_hold_a_copy(
+    stage: int, ep_size: int, dense_bytes: float, expert_bytes: float
+) -> None:
+    counts = count_parameters(moe_tiny().model)
+    expected = dense_bytes * (counts.total - counts.expert) + expert_bytes * counts.expert
+    got = states(8, ep_size, "bf16.enabled=true", f"zero_optimization.stage={stage}")
+    assert got == pytest.approx(expected, abs=16)  # bytes are whole numbers
+
+
+def test_activations_grow_with_the_micro_batch_and_not_with_the_ranks() -> None:
+    one = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=1"), 1, 1).activations
+    two = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=2"), 4, 4).activations
+    assert two == 2 * one
+
+
+def test_capacity_above_1_keeps_more_activations_than_dropless() -> None:
+    dropless = estimate_memory(moe_tiny("run.model.moe.capacity_factor=0.0"), 1, 1)
+    roomy = estimate_memory(moe_tiny("run.model.moe.capacity_factor=2.0"), 1, 1)
+    assert roomy.activations > dropless.activations
+    assert roomy.states == dropless.states
+
+
+def test_the_total_is_states_and_activations() -> None:
+    estimate = estimate_memory(moe_tiny(), 2, 2)
+    assert estimate.total == estimate.states + estimate.activations
+
+
+def test_gpus_are_those_that_nvidia_smi_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nvidia_smi(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "nvidia-smi"
+        return subprocess.CompletedProcess(command, 0, stdout="81920\n40960\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    assert query_gpus() == [80 * GIB, 40 * GIB]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        FileNotFoundError("nvidia-smi"),
+        subprocess.CalledProcessError(9, "nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 20),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_machine_where_nvidia_smi_does_not_answer_has_no_gpus(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def nvidia_smi(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        raise fault
+
+    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    assert query_gpus() == []

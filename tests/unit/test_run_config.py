@@ -1,0 +1,561 @@
+"""Run files: what is merged from where, what is filled in, what two runs have in common, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.run_config import REPO_ROOT, Run, load_run, merge_patch
+from model.config import ConfigError
+
+VALID: dict[str, Any] = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+    "run": {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "seq_len": 16,
+            "vocab_size": 64,
+            "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32},
+        },
+        "data": {"train": "synthetic"},
+        "train": {"num_steps": 10},
+    },
+}
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return path
+
+
+def load(tmp_path: Path, patch: dict[str, Any], *assignments: str) -> Run:
+    """Load VALID with a merge patch over it."""
+    return load_run(write(tmp_path / "run.json", merge_patch(VALID, patch)), list(assignments))
+
+
+def model(**patch: Any) -> dict[str, Any]:
+    return {"run": {"model": patch}}
+
+
+def moe(**patch: Any) -> dict[str, Any]:
+    return model(moe=patch)
+
+
+def train(**patch: Any) -> dict[str, Any]:
+    return {"run": {"train": patch}}
+
+
+def launch(**patch: Any) -> dict[str, Any]:
+    return {"run": {"launch": patch}}
+
+
+# --- base, patch, --set ----------------------------------------------------------------------------------------------
+
+
+def test_a_base_is_found_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
+    write(tmp_path / "bases" / "root.json", VALID)
+    write(tmp_path / "bases" / "middle.json", {"base": "root.json", "gradient_clipping": 0.5})
+    leaf = write(tmp_path / "leaves" / "leaf.json", {"base": "../bases/middle.json", **model(num_layers=3)})
+
+    run = load_run(leaf)
+
+    assert run.deepspeed["gradient_clipping"] == 0.5
+    assert (run.model.num_layers, run.model.hidden_size) == (3, 32)
+
+
+def test_neither_base_nor_run_reaches_deepspeed(tmp_path: Path) -> None:
+    write(tmp_path / "root.json", VALID)
+    run = load_run(write(tmp_path / "leaf.json", {"base": "root.json"}))
+    assert run.deepspeed == {key: value for key, value in VALID.items() if key != "run"}
+    assert set(run.resolved) == set(VALID)
+
+
+def test_null_in_a_file_deletes_what_its_base_says(tmp_path: Path) -> None:
+    write(tmp_path / "root.json", merge_patch(VALID, {"steps_per_print": 5}))
+    leaf = write(
+        tmp_path / "leaf.json", {"base": "root.json", "steps_per_print": None, **model(moe=None, ffn_hidden_size=64)}
+    )
+    run = load_run(leaf)
+    assert "steps_per_print" not in run.deepspeed
+    assert run.model.moe is None
+
+
+def test_a_list_in_a_file_replaces_that_of_its_base(tmp_path: Path) -> None:
+    assert merge_patch({"betas": [0.9, 0.95]}, {"betas": [0.8, 0.9]}) == {"betas": [0.8, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "result"),
+    [  # RFC 7396, appendix A
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_merging_follows_rfc_7396(target: Any, patch: Any, result: Any) -> None:
+    assert merge_patch(target, patch) == result
+
+
+def test_a_cycle_of_bases_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", {"base": "b.json"})
+    write(tmp_path / "b.json", {"base": "a.json"})
+    with pytest.raises(ConfigError) as refusal:
+        load_run(tmp_path / "a.json")
+    assert str(refusal.value) == "base: a.json -> b.json -> a.json is a cycle. Remove one of these `base` keys."
+
+
+def test_a_missing_base_is_refused_with_the_file_that_names_it(tmp_path: Path) -> None:
+    leaf = write(tmp_path / "leaf.json", {"base": "gone.json"})
+    with pytest.raises(ConfigError) as refusal:
+        load_run(leaf)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'gone.json'}: no such run file (named as base by leaf.json). ds_configs/ holds those that ship."
+    )
+
+
+@pytest.mark.parametrize(
+    ("assignments", "steps"),
+    [(["run.train.num_steps=20"], 20), (["run.train.num_steps=20", "run.train.num_steps=30"], 30)],
+)
+def test_set_wins_over_the_file_and_a_later_one_over_an_earlier(
+    tmp_path: Path, assignments: list[str], steps: int
+) -> None:
+    assert load(tmp_path, {}, *assignments).num_steps == steps
+
+
+def test_the_value_of_set_is_json_else_a_string(tmp_path: Path) -> None:
+    run = load(
+        tmp_path,
+        {},
+        "run.wandb.name=a name with = in it",
+        'run.wandb.tags=["a", "b"]',
+        "run.model.qk_norm=false",
+        'run.wandb.group="7"',
+        "optimizer.params.lr=1e-3",
+        'zero_optimization={"reduce_scatter": false}',
+    )
+    assert (run.wandb.name, run.wandb.tags, run.wandb.group) == ("a name with = in it", ["a", "b"], "7")
+    assert run.model.qk_norm is False
+    assert run.deepspeed["optimizer"]["params"]["lr"] == 1e-3
+    assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_scatter": False}
+
+
+def test_set_makes_the_sections_on_its_path_and_null_deletes(tmp_path: Path) -> None:
+    run = load(tmp_path, {}, "flops_profiler.enabled=true", "optimizer.params.betas=null")
+    assert run.deepspeed["flops_profiler"] == {"enabled": True}
+    assert "betas" not in run.deepspeed["optimizer"]["params"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "error"),
+    [
+        (
+            "run.train.num_steps",
+            "--set run.train.num_steps: not of the form key.key=value. Example: --set run.train.num_steps=20",
+        ),
+        ("run..seed=1", "--set run..seed=1: not of the form key.key=value. Example: --set run.train.num_steps=20"),
+        ("base=x.json", "--set base=x.json: base cannot be set at the prompt. Write a run file with that base."),
+        ("gradient_clipping=NaN", "--set gradient_clipping=NaN: NaN is not a finite number. Write one."),
+        ("gradient_cliping=1", "gradient_cliping is not a known key. Did you mean gradient_clipping?"),
+    ],
+)
+def test_a_wrong_set_is_refused(tmp_path: Path, assignment: str, error: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path, {}, assignment)
+    assert str(refusal.value) == error
+
+
+# --- what follows from a file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "steps"), [("target_tokens=2560", 20), ("tokens_per_active_param=0.5", 73), ("num_steps=20", 20)]
+)
+def test_a_horizon_set_later_replaces_the_one_before(tmp_path: Path, assignment: str, steps: int) -> None:
+    run = load(tmp_path, {}, f"run.train.{assignment}")
+    stated = [run.train.num_steps, run.train.target_tokens, run.train.tokens_per_active_param]
+    assert len([horizon for horizon in stated if horizon is not None]) == 1
+    assert run.num_steps == steps
+    assert load(tmp_path, {}, f"run.train.{assignment}", "run.train.num_steps=7").num_steps == 7
+
+
+def test_a_horizon_in_tokens_is_rounded_down_to_whole_steps(tmp_path: Path) -> None:
+    assert load(tmp_path, train(num_steps=None, target_tokens=3 * 8 * 16 + 127)).num_steps == 3
+
+
+def test_moe_d12_runs_the_steps_that_its_active_parameters_ask_for() -> None:
+    run = load_run(REPO_ROOT / "ds_configs" / "moe_d12.json")
+    assert run.train.tokens_per_active_param == 8.25
+    assert (run.tokens_per_step, run.num_steps) == (524_288, 1733)
+
+
+def test_defaults_are_filled_into_the_resolved_file(tmp_path: Path) -> None:
+    resolved = load(tmp_path, {}).resolved["run"]
+    assert resolved["data"] == {"train": "synthetic", "val": "synthetic"}
+    assert resolved["launch"] == {"num_nodes": 1, "num_gpus": "auto", "ep_size": "auto", "hostfile": None}
+    assert resolved["model"]["moe"]["aux_loss_coeff"] == 0.02
+    assert resolved["model"]["activation"] == "relu2"
+
+
+@pytest.mark.parametrize(
+    ("patch", "val"),
+    [
+        ({"run": {"data": None}}, "builtin"),
+        ({"run": {"data": {"train": "data/mine"}}}, None),
+        ({"run": {"data": {"train": "data/mine", "val": "data/held_out"}}}, "data/held_out"),
+    ],
+)
+def test_validation_data_is_that_of_a_built_in_dataset_and_else_must_be_named(
+    tmp_path: Path, patch: dict[str, Any], val: str | None
+) -> None:
+    assert load(tmp_path, patch).data.val == val
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {},
+        moe(balance="none"),
+        moe(capacity_factor=0.0),
+        train(schedule="cosine"),
+        train(sample_tokens=0),
+        train(num_steps=None, target_tokens=10_000),
+        model(moe=None, ffn_hidden_size=64),
+    ],
+    ids=str,
+)
+def test_a_resolved_file_is_itself_a_run_file_of_the_same_run(tmp_path: Path, patch: dict[str, Any]) -> None:
+    run = load(tmp_path, patch)
+    again = load_run(write(tmp_path / "config.json", run.resolved))
+    assert again.resolved == run.resolved
+    assert again.config_hash == run.config_hash
+    assert (again.model, again.train) == (run.model, run.train)
+
+
+def test_validation_can_be_turned_off_and_stays_off_in_the_resolved_file(tmp_path: Path) -> None:
+    tree = json.loads(json.dumps(VALID))
+    tree["run"]["data"]["val"] = None
+    run = load_run(write(tmp_path / "run.json", tree))
+    assert run.data.val is None
+    assert load_run(write(tmp_path / "config.json", run.resolved)).data.val is None
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        launch(num_gpus=4, ep_size=2),
+        {"run": {"wandb": {"mode": "disabled", "name": "other"}}},
+        train(stop_at_step=5),
+        train(save_every=5),
+        train(keep_last=7),
+    ],
+    ids=str,
+)
+def test_the_hash_ignores_where_a_run_happens_and_when_it_pauses(tmp_path: Path, patch: dict[str, Any]) -> None:
+    assert load(tmp_path, patch).config_hash == load(tmp_path, {}).config_hash
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"train_batch_size": 16},
+        {"gradient_clipping": 0.5},
+        {"bf16": {"enabled": True}},
+        {"optimizer": {"params": {"lr": 1e-3}}},
+        {"zero_optimization": {"stage": 2}},
+        model(rope_theta=5000.0),
+        moe(capacity_factor=1.25),
+        {"run": {"data": {"train": "builtin"}}},
+        train(num_steps=11),
+        train(seed=1),
+        train(warmup_steps=2),
+        train(eval_every=5),
+    ],
+    ids=str,
+)
+def test_the_hash_changes_with_anything_else(tmp_path: Path, patch: dict[str, Any]) -> None:
+    assert load(tmp_path, patch).config_hash != load(tmp_path, {}).config_hash
+
+
+def test_the_hash_does_not_depend_on_the_order_of_keys_or_on_stated_defaults(tmp_path: Path) -> None:
+    tree = merge_patch(dict(reversed(VALID.items())), train(seed=0, log_every=10))
+    assert load_run(write(tmp_path / "a.json", tree)).config_hash == load(tmp_path, {}).config_hash
+
+
+RUN_FILES = [path for path in (REPO_ROOT / "ds_configs").rglob("*.json") if "suites" not in path.parts]
+
+
+@pytest.mark.parametrize("path", sorted(RUN_FILES), ids=lambda path: path.name)
+def test_every_file_that_ships_loads(path: Path) -> None:
+    assert load_run(path).num_steps > 0
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+NOT_WITH_MOE = (
+    "zero_optimization.stage=0 averages the ranks' gradient norms, so with experts the norm and its clipping depend on "
+    "their placement (deepspeed 0.19.8). Use 1 or 2."
+)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    # misspelt
+    ({"gradient_cliping": 1.0}, "gradient_cliping is not a known key. Did you mean gradient_clipping?"),
+    (
+        {"zero_optimization": {"stge": 1}},
+        "zero_optimization.stge is not a known key. Did you mean zero_optimization.stage?",
+    ),
+    (
+        {"optimizer": {"params": {"weight_deacy": 0.1}}},
+        "optimizer.params.weight_deacy is not a known key. Did you mean optimizer.params.weight_decay?",
+    ),
+    (train(warmup_step=3), "run.train.warmup_step is not a known key. Did you mean run.train.warmup_steps?"),
+    (
+        train(num_steps=None, num_stpes=10),
+        "run.train.num_stpes is not a known key. Did you mean run.train.num_steps?",
+    ),
+    (
+        moe(capacity_facter=1.0),
+        "run.model.moe.capacity_facter is not a known key. Did you mean run.model.moe.capacity_factor?",
+    ),
+    (
+        moe(num_experts=None, num_expert=4),
+        "run.model.moe.num_expert is not a known key. Did you mean run.model.moe.num_experts?",
+    ),
+    ({"run": {"zzz": {}}}, "run.zzz is not a known key. Known here: data, launch, model, train, wandb."),
+    # missing
+    (
+        {"run": None},
+        "run is missing: a moelab run file needs a `run` section beside DeepSpeed's keys. See ds_configs/.",
+    ),
+    ({"run": {"model": None}}, "run.model is missing. State it."),
+    (model(seq_len=None), "run.model.seq_len is missing. State it."),
+    ({"train_batch_size": None}, "train_batch_size is missing. State it, in sequences."),
+    (
+        {"train_micro_batch_size_per_gpu": None},
+        "train_micro_batch_size_per_gpu is missing. State it, in sequences.",
+    ),
+    (
+        {"gradient_clipping": None},
+        "gradient_clipping is missing. State it: DeepSpeed's silent default is 1.0, and 0 turns clipping off.",
+    ),
+    (
+        {"optimizer": None},
+        'optimizer is missing. State one, such as {"type": "AdamW", "params": {"lr": 3e-4}}.',
+    ),
+    ({"optimizer": {"type": None}}, "optimizer.type is missing. Use 'AdamW'."),
+    ({"optimizer": {"params": {"lr": None}}}, "optimizer.params.lr is missing. State the peak learning rate."),
+    # of the wrong type or size
+    (
+        {"train_batch_size": "8"},
+        'train_batch_size="8": should be a number of sequences, an integer of at least 1.',
+    ),
+    (
+        {"train_micro_batch_size_per_gpu": True},
+        "train_micro_batch_size_per_gpu=true: should be a number of sequences, an integer of at least 1.",
+    ),
+    ({"gradient_clipping": -1}, "gradient_clipping=-1: should be a number of at least 0."),
+    ({"optimizer": {"params": {"lr": -1e-3}}}, "optimizer.params.lr=-0.001: should be a number of at least 0."),
+    ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas=0.9: should be two numbers in [0, 1)."),
+    ({"bf16": {"enabled": "auto"}}, 'bf16.enabled="auto": should be true or false.'),
+    ({"bf16": True}, "bf16=true: should be an object. Remove it, or write {...}."),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true: should be 0, 1 or 2."),
+    (model(num_layers="2"), 'run.model.num_layers="2": should be a valid integer.'),
+    (model(num_layers=True), "run.model.num_layers=true: should be a valid integer."),
+    (model(num_layers=2.0), "run.model.num_layers=2.0: should be a valid integer."),
+    (model(hidden_size=-32), "run.model.hidden_size=-32: should be greater than or equal to 1."),
+    (model(qk_norm=1), "run.model.qk_norm=1: should be a valid boolean."),
+    (model(activation="gelu"), "run.model.activation=\"gelu\": should be 'relu2' or 'swiglu'."),
+    (model(moe=8), "run.model.moe=8: should be an object."),
+    (moe(capacity_factor=-1.0), "run.model.moe.capacity_factor=-1.0: should be greater than or equal to 0."),
+    (train(num_steps=0), "run.train.num_steps=0: should be greater than or equal to 1."),
+    (train(decay_frac=1.5), "run.train.decay_frac=1.5: should be less than or equal to 1."),
+    ({"run": {"data": {"train": ""}}}, 'run.data.train="": should be a string that is not empty.'),
+    ({"run": {"wandb": {"tags": ["a", 1]}}}, "run.wandb.tags.1=1: should be a valid string."),
+    (launch(ep_size="big"), "run.launch.ep_size=\"big\": should be a valid integer or 'auto' or 'max'."),
+    (launch(ep_size=0), "run.launch.ep_size=0 is below 1. Use a number of at least 1, or 'auto'."),
+    # contradictions
+    (
+        {"train_batch_size": 9},
+        "train_batch_size=9 is not a multiple of train_micro_batch_size_per_gpu=2. Change one of them.",
+    ),
+    (moe(top_k=5), "run.model.moe.top_k=5 exceeds num_experts=4. Use a top_k of at most 4."),
+    (
+        model(num_attention_heads=3),
+        "run.model.hidden_size=32 is not a multiple of num_attention_heads=3. "
+        "Use a hidden_size such as 33, or other heads.",
+    ),
+    (
+        model(num_attention_heads=32),
+        "run.model.hidden_size=32 over num_attention_heads=32 gives heads of 1; rotary embedding rotates pairs. "
+        "Use an even head size.",
+    ),
+    (
+        model(num_attention_heads=4, num_kv_heads=3),
+        "run.model.num_kv_heads=3 does not divide num_attention_heads=4. Use one of 1, 2, 4.",
+    ),
+    (
+        moe(layer_freq=3),
+        "run.model.moe.layer_freq=3 leaves none of the num_layers=2 blocks with experts. "
+        "Use a layer_freq of at most 2, or remove moe.",
+    ),
+    (
+        moe(layer_freq=2),
+        "run.model.ffn_hidden_size is missing, but 1 of 2 blocks have a dense MLP. State its width.",
+    ),
+    (
+        train(target_tokens=100_000),
+        "run.train.num_steps, target_tokens, tokens_per_active_param: num_steps and target_tokens given. "
+        "State exactly one.",
+    ),
+    (
+        train(num_steps=None),
+        "run.train.num_steps, target_tokens, tokens_per_active_param: none of them given. State exactly one.",
+    ),
+    (
+        train(num_steps=None, target_tokens=100),
+        "run.train.target_tokens=100 is 100 tokens, less than one step of 128. Raise it, or lower train_batch_size.",
+    ),
+    (
+        launch(num_nodes=2, num_gpus=8),
+        "run.launch.num_nodes=2 needs run.launch.hostfile, DeepSpeed's list of hosts and slots. "
+        "Name the file, or use num_nodes=1.",
+    ),
+    (
+        launch(num_nodes=2, hostfile="hosts"),
+        "run.launch.num_gpus='auto' looks at this machine only, and num_nodes=2. State the number of GPUs per node.",
+    ),
+    # without effect
+    (
+        model(ffn_hidden_size=64),
+        "run.model.ffn_hidden_size=64 has no effect: every block has experts (moe.layer_freq=1). "
+        "Remove it, or set moe.ffn_hidden_size for the width of an expert.",
+    ),
+    (
+        moe(balance="none", aux_loss_coeff=0.01),
+        "run.model.moe.aux_loss_coeff=0.01 has no effect with balance='none'. Remove it, or use balance='aux_loss'.",
+    ),
+    (
+        train(schedule="cosine", decay_frac=0.1),
+        "run.train.decay_frac=0.1 has no effect with schedule='cosine'. Remove it, or use schedule='wsd'.",
+    ),
+    (
+        train(sample_tokens=0, sample_every=5),
+        "run.train.sample_every=5 has no effect with sample_tokens=0. Remove it, or ask for tokens.",
+    ),
+    (
+        {"activation_checkpointing": {}},
+        "activation_checkpointing is not supported: the blocks keep their activations, so it would have no effect. "
+        "Remove it.",
+    ),
+    # not supported
+    (
+        {"zero_optimization": {"stage": 3}},
+        "zero_optimization.stage=3 is not supported: DeepSpeed's MoE layer does not run under ZeRO-3. Use 1 or 2.",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, **model(moe=None, ffn_hidden_size=64)},
+        "zero_optimization.stage=3 is not supported. Use 1 or 2.",
+    ),
+    ({"zero_optimization": {"stage": 0}}, NOT_WITH_MOE),
+    ({"zero_optimization": None}, NOT_WITH_MOE),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer.device='cpu' is not supported: the optimizer is torch's AdamW on the "
+        "device. Remove it.",
+    ),
+    (
+        {"scheduler": {"type": "WarmupLR"}},
+        'scheduler.type="WarmupLR" has no place here: run.train.schedule sets the learning rate. '
+        "Remove the scheduler section.",
+    ),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.type=\"Adam\" is not supported. Use 'AdamW'."),
+    ({"fp16": {"enabled": True}}, "fp16.enabled=true is not supported. Use bf16, or neither for fp32."),
+    (
+        {"expert_parallel": {"enabled": True}},
+        "expert_parallel.enabled=true is not supported. That is DeepSpeed's AutoEP; set run.launch.ep_size and "
+        "run.model.moe instead.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("patch", "error"), WRONG, ids=lambda value: json.dumps(value) if type(value) is dict else "")
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, patch: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path, patch)
+    assert str(refusal.value) == error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "run.json line 1, column 1: Expecting value. Fix the JSON."),
+        ('{"a": 1,\n "b" 2}', "run.json line 2, column 6: Expecting ':' delimiter. Fix the JSON."),
+        ("[1]", "run.json: holds a list, not an object. A run file is one JSON object."),
+        (
+            '{"run": {"train": {"seed": 1, "seed": 2}}}',
+            "run.json: the key 'seed' stands twice in one object. Remove one of them.",
+        ),
+        ('{"gradient_clipping": NaN}', "run.json: NaN is not a finite number. Write one."),
+        ('{"gradient_clipping": -Infinity}', "run.json: -Infinity is not a finite number. Write one."),
+        ('{"gradient_clipping": 1e999}', "run.json: 1e999 is not a finite number. Write one."),
+        ('{"base": 7}', "base=7 in run.json is not a path. Name another run file, relative to this one."),
+        ("{}", "run is missing: a moelab run file needs a `run` section beside DeepSpeed's keys. See ds_configs/."),
+    ],
+)
+def test_a_file_that_is_not_a_run_file_is_refused_in_one_line(tmp_path: Path, text: str, error: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_run(write(tmp_path / "run.json", text))
+    assert str(refusal.value) == error
+
+
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_run(tmp_path)
+    assert str(refusal.value) == f"{tmp_path}: cannot be read (Is a directory). Name a run file, a JSON file."
+
+    (tmp_path / "run.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError) as refusal:
+        load_run(tmp_path / "run.json")
+    assert str(refusal.value) == "run.json: not UTF-8 text at byte 7. Save it as UTF-8."
+
+
+def test_null_for_a_section_of_deepspeed_is_refused_where_no_base_can_take_it_away(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", {**VALID, "zero_optimization": None})
+    with pytest.raises(ConfigError) as refusal:
+        load_run(path)
+    assert str(refusal.value) == "zero_optimization=null: should be an object. Remove it, or write {...}."
+
+
+def test_a_misspelt_key_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", merge_patch(VALID, {"gradient_cliping": 1.0}))
+    script = f"""
+import sys
+from launch.run_config import load_run
+from model.config import ConfigError
+try:
+    load_run({str(path)!r})
+except ConfigError as error:
+    print(error)
+print([name for name in ("torch", "deepspeed", "wandb", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["gradient_cliping is not a known key. Did you mean gradient_clipping?", "[]"]
