@@ -1,0 +1,439 @@
+"""Token files, the order in which a run reads them, and the tokenizer that belongs to them.
+
+A dataset NAME is a folder (tools/prepare_data makes one); data/NAME/train is called a prefix:
+
+    data/NAME/  train.bin train.idx   val.bin val.idx   tokenizer.json   manifest.json
+
+.bin is all tokens of a split, document after document; .idx says where each document starts. The format is that of
+megatron-core 0.16.1 (core/datasets/indexed_dataset.py), so datasets made by Megatron's own tools open as they are:
+
+    .idx    9 bytes MMIDIDX\\0\\0   uint64 version   uint8 dtype code   uint64 sequences   uint64 document ends
+            int32[sequences] lengths   int64[sequences] byte offsets into .bin   int64[document ends] 0 ... sequences
+
+No object here has state that moves: training batches are a pure function of the number of samples consumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+import tokenizers
+
+from model.config import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EOD_TOKEN = "<|endoftext|>"
+IGNORED_TARGET = -1  # the y of padding: cross-entropy must skip it
+MANIFEST_NAME = "manifest.json"
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_VERSION = 1
+_DTYPE_NAMES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_TOKEN_DTYPES = {code: np.dtype(name) for code, name in _DTYPE_NAMES.items() if "int" in name}
+_DTYPE_CODES = {dtype: code for code, dtype in _TOKEN_DTYPES.items()}
+
+_MASK64 = 2**64 - 1
+_FEISTEL_ROUNDS = 6
+_SYNTHETIC_RUN = 8
+
+
+class TokenSource(Protocol):
+    """A stream of tokens that can be read at any place: a file, or a rule that makes one up."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def tokens(self, start: int, length: int) -> np.ndarray: ...
+
+
+class TokenFile:
+    """One split of a dataset, read through a memory map as one stream of `num_tokens` tokens.
+
+    Everything that the index claims is checked on opening. Raises DataError naming the file and both sizes.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.path = Path(prefix)
+        bin_path, idx_path = _with_suffix(self.path, ".bin"), _with_suffix(self.path, ".idx")
+        for path in (idx_path, bin_path):
+            if not path.is_file():
+                raise DataError(f"{path} is missing. Prepare the data: {_prepare_command(self.path)}.")
+        self.dtype, self.num_tokens, self.num_documents = _read_index(idx_path, self.path)
+        expected = self.num_tokens * self.dtype.itemsize
+        if bin_path.stat().st_size != expected:
+            raise DataError(
+                f"{bin_path} holds {bin_path.stat().st_size} bytes, its index says {expected} "
+                f"({self.num_tokens} tokens of {self.dtype}). {_damaged(self.path)}"
+            )
+        if self.num_tokens == 0:
+            raise DataError(f"{bin_path} holds 0 tokens. Prepare it from texts: {_prepare_command(self.path)}.")
+        self._stream = np.memmap(bin_path, dtype=self.dtype, mode="r")
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the stream as int64. Documents follow each other without a gap."""
+        assert 0 <= start <= self.num_tokens - length, (start, length, self.num_tokens)
+        return self._stream[start : start + length].astype(np.int64)
+
+
+class TokenFileWriter:
+    """Writes one split, a document at a time; both files appear, durable, when the `with` block ends without a fault.
+
+    Nothing is added to a document: its end-of-document token is the caller's.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+        self.path = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        self._lengths = array("i")
+        self._bin_path = _with_suffix(self.path, ".bin.tmp")
+        self._bin = open(self._bin_path, "wb")  # closed by __exit__
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        limits = np.iinfo(self.dtype)
+        if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+            raise DataError(
+                f"{self.path}: token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype} "
+                f"({limits.min}..{limits.max}). Write with a wider dtype."
+            )
+        self._bin.write(tokens.astype(self.dtype).tobytes())
+        self._lengths.append(tokens.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._bin.close()
+            self._bin_path.unlink()
+            return
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self._bin.close()
+        self._bin_path.replace(_with_suffix(self.path, ".bin"))
+        write_durably(_with_suffix(self.path, ".idx"), self._index())
+
+    def _index(self) -> bytes:
+        lengths = np.array(self._lengths, dtype=np.int32)
+        ends = np.arange(lengths.size + 1, dtype=np.int64)  # one sequence a document
+        header = _HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[self.dtype], lengths.size, ends.size)
+        return header + lengths.tobytes() + _contiguous_offsets(lengths, self.dtype).tobytes() + ends.tobytes()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest dtype that megatron-core writes and that holds the ids 0 .. vocab_size - 1."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the whole new one: a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def _with_suffix(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)  # Path.with_suffix would cut the prefix data/v1.5 to data/v1
+
+
+def _contiguous_offsets(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Byte offset of each sequence when they follow each other without a gap."""
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    return np.concatenate([np.zeros(1, dtype=np.int64), ends])[:-1]
+
+
+def _read_index(path: Path, prefix: Path) -> tuple[np.dtype, int, int]:
+    """(dtype, tokens, documents) of a dataset whose index `path` is sound."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise DataError(f"{path} holds {size} bytes, a token index at least {_HEADER.size}. {_damaged(prefix)}")
+    magic, version, code, num_sequences, num_ends = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise DataError(f"{path} is not a token index: it starts with {magic!r}, not {_MAGIC!r}. {_damaged(prefix)}")
+    if version != _VERSION:
+        raise DataError(f"{path} has format version {version}, this reader knows {_VERSION}. {_damaged(prefix)}")
+    if code not in _TOKEN_DTYPES:
+        known = ", ".join(f"{known} {dtype}" for known, dtype in _TOKEN_DTYPES.items())
+        found = _DTYPE_NAMES.get(code, "unknown")
+        raise DataError(f"{path} has dtype code {code} ({found}), tokens are one of {known}. {_damaged(prefix)}")
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_ends
+    if size != expected:
+        raise DataError(
+            f"{path} holds {size} bytes, its header says {expected} "
+            f"({num_sequences} sequences, {num_ends} document ends). {_damaged(prefix)}"
+        )
+    # The header makes 34 bytes, so the arrays lie unaligned in the file: views of a byte map, as megatron-core does.
+    body = np.memmap(path, mode="r")[_HEADER.size :]
+    lengths = body[: 4 * num_sequences].view(np.int32)
+    offsets = body[4 * num_sequences : 12 * num_sequences].view(np.int64)
+    ends = body[12 * num_sequences :].view(np.int64)
+    dtype = _TOKEN_DTYPES[code]
+    if num_sequences and lengths.min() < 0:
+        raise DataError(f"{path} has a sequence of length {lengths.min()}. {_damaged(prefix)}")
+    apart = np.flatnonzero(offsets != _contiguous_offsets(lengths, dtype))
+    if apart.size:
+        raise DataError(
+            f"{path}: sequence {apart[0]} starts at byte {offsets[apart[0]]} of the .bin, "
+            f"{_contiguous_offsets(lengths, dtype)[apart[0]]} expected: sequences must follow each other without a "
+            f"gap. {_damaged(prefix)}"
+        )
+    if num_ends == 0 or ends[0] != 0 or ends[-1] != num_sequences:
+        span = f"{ends[0]}..{ends[-1]}" if num_ends else "nothing"
+        raise DataError(f"{path}: document ends cover {span}, 0..{num_sequences} expected. {_damaged(prefix)}")
+    return dtype, int(lengths.sum(dtype=np.int64)), int(num_ends) - 1
+
+
+def builtin_dir(vocab_size: int) -> Path:
+    """Where the built-in corpus lives once it is prepared."""
+    return Path(__file__).resolve().parents[1] / "data" / f"builtin-{vocab_size}"
+
+
+def _prepare_command(prefix: Path) -> str:
+    vocab_size = prefix.parent.name.removeprefix("builtin-")
+    if vocab_size.isdigit() and prefix.resolve().parent == builtin_dir(int(vocab_size)):
+        return f"python -m tools.prepare_data --builtin --vocab_size {vocab_size}"
+    return "python -m tools.prepare_data --help"
+
+
+def _damaged(prefix: Path) -> str:
+    """The way out of a dataset that cannot be used."""
+    return f"Copy it anew, or delete {prefix.parent} and prepare it again: {_prepare_command(prefix)}."
+
+
+def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
+    """The manifest of the dataset that `prefix` belongs to, or None where another tool made the dataset.
+
+    Raises DataError if the manifest is damaged or tells other counts than the token file has.
+    """
+    prefix = Path(prefix)
+    path = prefix.parent / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as fault:  # bad JSON and bad UTF-8 alike
+        raise DataError(f"{path} is not JSON: {fault}. {_damaged(prefix)}") from fault
+    splits = manifest.get("splits") if isinstance(manifest, dict) else None
+    split = splits.get(prefix.name) if isinstance(splits, dict) else None
+    if not isinstance(split, dict):
+        raise DataError(f"{path} describes no split {prefix.name!r}. Move {prefix.name}.* to a folder of their own.")
+    token_file = TokenFile(prefix)
+    for name, actual in (("tokens", token_file.num_tokens), ("documents", token_file.num_documents)):
+        if split.get(name) != actual:
+            raise DataError(
+                f"{path} says {split.get(name)} {name} for {prefix.name!r}, its index says {actual}. {_damaged(prefix)}"
+            )
+    return manifest
+
+
+def data_fingerprint(prefix: str | Path) -> str:
+    """16 hex digits that identify the tokens of a split; cheap, also for a dataset without a manifest.
+
+    With a manifest it is the start of the .bin's recorded sha256, otherwise of sha256(.idx and the size of .bin).
+    """
+    prefix = Path(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        return str(manifest["splits"][prefix.name]["bin_sha256"])[:16]
+    TokenFile(prefix)  # refuses a damaged or missing file with the usual words
+    size = _with_suffix(prefix, ".bin").stat().st_size
+    return hashlib.sha256(_with_suffix(prefix, ".idx").read_bytes() + struct.pack("<Q", size)).hexdigest()[:16]
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64: every bit of x moves all of the result."""
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
+    """Where `index` lands in a shuffle of 0 .. size - 1 that belongs to (seed, epoch): a bijection without a table.
+
+    A Feistel network on 2h bits, h the least with 4^h >= size. With key_r = mix64(mix64(mix64(seed) xor epoch) + r),
+
+        (left, right) <- (right, left xor (mix64(right xor key_r) mod 2^h))      for r = 0, 1, ...
+
+    permutes 0 .. 4^h - 1; a result of `size` or more goes in again until it is below (cycle walking: Black and
+    Rogaway, CT-RSA 2002), fewer than four times on average. `index` and `epoch` are int arrays of one shape.
+    """
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    key = mix64(mix64(np.array([seed & _MASK64], dtype=np.uint64)) ^ epoch.astype(np.uint64))
+    round_keys = [mix64(key + np.uint64(r)) for r in range(_FEISTEL_ROUNDS)]
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half_bits, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+        return (left << half_bits) | right
+
+    landed = network(index.astype(np.uint64))
+    while (outside := landed >= np.uint64(size)).any():
+        landed = np.where(outside, network(landed), landed)
+    return landed.astype(np.int64)
+
+
+class SyntheticTokens:
+    """Tokens that are a pure function of (seed, position): runs that count up by one (mod vocab_size) from a hash.
+
+    All but one token in a run follow from the token before, so a model that learns shows it in its loss.
+    """
+
+    def __init__(self, num_tokens: int, vocab_size: int, seed: int) -> None:
+        self.num_tokens = num_tokens
+        self.vocab_size = vocab_size
+        self.seed = seed
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        assert 0 <= start <= self.num_tokens - length, (start, length, self.num_tokens)
+        position = np.arange(start, start + length, dtype=np.uint64)
+        run, place = np.divmod(position, np.uint64(_SYNTHETIC_RUN))
+        first = mix64(mix64(np.array([self.seed & _MASK64], dtype=np.uint64)) ^ run) % np.uint64(self.vocab_size)
+        return ((first + place) % np.uint64(self.vocab_size)).astype(np.int64)
+
+
+class TrainBatches:
+    """Micro-batches for one rank. The order of samples depends on seed and data, never on the number of ranks.
+
+    An epoch has N = (num_tokens - 1) // seq_len samples. Sample i is window w = permute(i mod N) of epoch i // N: the
+    seq_len + 1 tokens from w * seq_len on, of which the first seq_len are read and the last seq_len predicted.
+    Nothing here changes by reading: a run's place in its data is one integer, the samples that all ranks consumed.
+    """
+
+    def __init__(
+        self, source: TokenSource, *, seq_len: int, seed: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        if source.num_tokens < seq_len + 1:
+            raise DataError(
+                f"{_name(source)} has {source.num_tokens} tokens, one sample of seq_len={seq_len} needs {seq_len + 1}. "
+                f"Use a seq_len of at most {source.num_tokens - 1}, or more text."
+            )
+        self.source = source
+        self.seq_len = seq_len
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.samples_per_micro_step = micro_batch_size * world_size
+        self.samples_per_epoch = (source.num_tokens - 1) // seq_len
+
+    def micro_batch(self, first_sample: int) -> tuple[Tensor, Tensor]:
+        """(x_BS, y_BS), int64, of this rank in the micro-step over all ranks whose first sample is `first_sample`."""
+        first = first_sample + self.rank * self.micro_batch_size
+        epoch, index = np.divmod(np.arange(first, first + self.micro_batch_size), self.samples_per_epoch)
+        windows = permute(index, self.samples_per_epoch, self.seed, epoch)
+        rows = np.stack([self.source.tokens(int(w) * self.seq_len, self.seq_len + 1) for w in windows])
+        return _as_tensors(rows[:, :-1], rows[:, 1:])
+
+
+class ValBatches:
+    """One pass over a whole split for one rank: every token of it is predicted exactly once, over all ranks.
+
+    The first token is predicted from end-of-document, x = [eod, t_0, t_1, ...], y = [t_0, t_1, t_2, ...], and both are
+    cut into windows of seq_len. The end is padded (x = eod, y = IGNORED_TARGET) until every rank has as many batches
+    of the same shape as any other: expert parallelism needs equal calls.
+    """
+
+    def __init__(
+        self, source: TokenSource, *, seq_len: int, micro_batch_size: int, rank: int, world_size: int, eod_id: int
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.source = source
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.eod_id = eod_id
+
+    def __len__(self) -> int:
+        """Batches of one rank, the same for each."""
+        return math.ceil(self.source.num_tokens / (self.seq_len * self.micro_batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x_BS, y_BS), int64."""
+        for batch in range(len(self)):
+            first = (batch * self.world_size + self.rank) * self.micro_batch_size
+            rows = [self._window(first + row) for row in range(self.micro_batch_size)]
+            yield _as_tensors(np.stack([x for x, _ in rows]), np.stack([y for _, y in rows]))
+
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        x_S = np.full(self.seq_len, self.eod_id, dtype=np.int64)
+        y_S = np.full(self.seq_len, IGNORED_TARGET, dtype=np.int64)
+        start = window * self.seq_len
+        length = min(self.seq_len, self.source.num_tokens - start)
+        if length > 0:
+            y_S[:length] = self.source.tokens(start, length)
+            x_S[1:length] = y_S[: length - 1]
+            if start > 0:
+                x_S[0] = self.source.tokens(start - 1, 1)[0]
+        return x_S, y_S
+
+
+def _as_tensors(*arrays: np.ndarray) -> Any:
+    import torch  # here and not above: tools/prepare_data runs at the start of runs, without the seconds torch takes
+
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+
+
+def _name(source: TokenSource) -> str:
+    return str(source.path) if isinstance(source, TokenFile) else type(source).__name__
+
+
+class Tokenizer:
+    """Text to ids and back: a tokenizer.json of the `tokenizers` library that has an end-of-document token.
+
+    Text that happens to spell a special token is text; the ids that come out have no special token among them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing. A tokenizer is made with the data: python -m tools.prepare_data --help."
+            )
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as fault:
+            raise DataError(f"{path} is not JSON: {fault}. Use a tokenizer.json of the tokenizers library.") from fault
+        if not isinstance(content, dict) or "model" not in content:
+            raise DataError(f"{path} has no key 'model'. Use a tokenizer.json of the tokenizers library.")
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()  # files in the wild may say to cut long texts, or to pad short ones
+        self._tokenizer.no_padding()
+        eod_id = self._tokenizer.token_to_id(EOD_TOKEN)
+        if eod_id is None:
+            raise DataError(f"{path} has no token {EOD_TOKEN!r}. Add it to the file as a special token.")
+        self.eod_id: int = eod_id
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As encode, on all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

