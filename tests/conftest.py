@@ -1,0 +1,23 @@
+"""Fixtures that all tests share: CPU by default, and one pool of ranks for the tests that need several."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed
+sys.path.insert(0, str(Path(__file__).parent))  # reference.py and ranks.py, for tests and for the ranks' processes
+
+from ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """Two processes joined by gloo through DeepSpeed; started once, on first use."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()

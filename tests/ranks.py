@@ -1,0 +1,79 @@
+"""A pool of processes that are each other's ranks, so that a test pays for torch, deepspeed and gloo once a session."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+SECONDS_PER_CALL = 240  # a hang is a failure; no test is near this
+
+
+class RankPool:
+    """`run(function, *arguments)` calls a module-level function on every rank; results in rank order."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, world_size, port, threads, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(SECONDS_PER_CALL):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer {function.__name__} in {SECONDS_PER_CALL} s")
+            answers.append(pipe.recv())
+        faults = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        if faults:
+            raise AssertionError("\n".join(faults))
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def serve(rank: int, world_size: int, port: int, threads: int, pipe: Connection) -> None:
+    """One rank: join the others, then answer calls until the pool ends."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS=str(threads),
+        DS_ACCELERATOR="cpu",
+    )
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(threads)
+    deepspeed.init_distributed()
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*arguments)))
+        except Exception:  # the test that asked reports it
+            pipe.send((False, traceback.format_exc()))
