@@ -1,0 +1,65 @@
+"""What train.py decides before torch is imported: the run, its ranks, and whether its folder is fresh or continued."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+from launch.command_line import parse_train_arguments
+from launch.run_config import Run, load_run
+from launch.run_dir import EXIT_REFUSED, Beginning, decide_beginning, write_text
+from launch.topology import Topology, resolve_topology
+from model.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a rank knows before it meets the others."""
+
+    args: argparse.Namespace
+    run: Run
+    topology: Topology
+    beginning: Beginning
+    rank: int
+    local_rank: int
+
+
+def begin_or_exit(argv: list[str] | None = None) -> Start:
+    """Parse, load, check; a refusal is one line on rank 0's stderr and exit code 2, with nothing created."""
+    args = parse_train_arguments(argv)
+    become_single_rank_without_launcher()
+    world_size, local_world_size = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    local_world_size = local_world_size or world_size
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    try:
+        run = load_run(args.config, args.assignments)
+        topology = resolve_topology(run, world_size // local_world_size, local_world_size)
+        beginning = decide_beginning(args.run_dir, run.config_hash, args.resume)
+    except ConfigError as error:
+        say_refusal(error, rank, args)
+        sys.exit(EXIT_REFUSED)
+    return Start(args, run, topology, beginning, rank, local_rank)
+
+
+def say_refusal(error: ValueError, rank: int, args: argparse.Namespace) -> None:
+    """Say why the run is refused, once, on rank 0. launch.run reads the line from the refusal file."""
+    if rank == 0:
+        line = f"{type(error).__name__}: {error}"
+        if args.refusal_file is not None:
+            write_text(args.refusal_file, line + "\n")
+        print(line, file=sys.stderr, flush=True)
+
+
+def become_single_rank_without_launcher() -> None:
+    """`python train.py`: give this process the variables that a launcher would have set for one rank."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )

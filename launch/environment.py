@@ -1,0 +1,111 @@
+"""What a result depends on besides its run file: code, packages, hardware, launch line. The content of env.json."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launch.run_config import REPO_ROOT, Run
+
+PACKAGES = ("torch", "deepspeed", "torchao", "triton", "transformers", "tokenizers", "numpy", "wandb")
+VARIABLES = (
+    "CUDA_", "NCCL_", "DS_", "OMP_", "MKL_", "TORCH", "PYTORCH", "TRITON_", "SLURM_", "RANK", "LOCAL_RANK",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_", "WANDB_MODE", "WANDB_BASE_URL",
+)  # fmt: skip
+SECRETS = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "JWT")
+
+
+def describe_environment(run: Run, argv: list[str], devices: list[str], **facts: Any) -> dict[str, Any]:
+    """The content of env.json for one attempt. What cannot be known (no git, a package not installed) is absent.
+
+    argv is the program's command line, devices the names of this run's accelerators; `facts` (world_size, ep_size, data
+    hashes ...) are added as they are.
+    """
+    return {
+        "config_hash": run.config_hash,
+        "started": utc_now(),
+        "launch_line": shlex.join(argv),
+        **facts,
+        "devices": devices,
+        **describe_checkout(REPO_ROOT),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "hostname": socket.gethostname(),
+        "variables": telling_variables(dict(os.environ)),
+    }
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def describe_checkout(folder: Path) -> dict[str, Any]:
+    """Commit, whether anything differs from it, and a hash of what does; empty where `folder` is not a git checkout.
+
+    dirty_hash covers the diff of tracked files and the names and contents of files that git neither tracks nor ignores.
+    """
+    top = git(folder, "rev-parse", "--show-toplevel")
+    commit = git(folder, "rev-parse", "HEAD")
+    if top is None or commit is None or Path(top.decode().strip()).resolve() != folder.resolve():
+        return {}
+    diff = git(folder, "diff", "HEAD", "--binary", "--no-ext-diff")
+    untracked = git(folder, "ls-files", "--others", "--exclude-standard", "-z")
+    if diff is None or untracked is None:
+        return {"commit": commit.decode().strip()}
+    digest = hashlib.sha256(diff)
+    for name in filter(None, untracked.split(b"\0")):
+        path = folder / os.fsdecode(name)
+        digest.update(name + b"\0" + (hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""))
+    dirty = bool(diff or untracked)
+    found: dict[str, Any] = {"commit": commit.decode().strip(), "dirty": dirty}
+    return {**found, "dirty_hash": digest.hexdigest()[:16]} if dirty else found
+
+
+def git(folder: Path, *arguments: str) -> bytes | None:
+    """What a git command prints; None if git is missing, slow or says no. Takes no lock, lest it disturb a commit."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=20, check=True, env=environment).stdout
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions, read from the package metadata: nothing is imported."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def telling_variables(environment: dict[str, str]) -> dict[str, str]:
+    """The variables that change how a run behaves, sorted; never one whose name smells of a secret."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(VARIABLES) and not any(word in name.upper() for word in SECRETS)
+    }

@@ -1,0 +1,317 @@
+"""One run under watch: start `deepspeed`, pass requests to stop on to the ranks, leave no process behind, judge.
+
+    launch.run -> deepspeed (runner) -> launch.py -> rank 0, rank 1, ...     one session, that of the runner
+                                                        -> wandb-core        a session of its own
+
+What deepspeed 0.19.8 does with signals makes this necessary: SIGTERM to the runner orphans everything below it, SIGTERM
+to launch.py reaches rank 0 alone for 30 s, and the runner exits 0 when launch.py is killed. So a request to stop goes
+to the ranks themselves, and whether the run succeeded is what summary.json says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from launch.environment import utc_now
+from launch.run_dir import (
+    EXIT_CODES,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    latest_step,
+    read_json_object,
+    read_summary,
+    write_json,
+)
+from model.config import ConfigError
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 60.0  # for ranks that outlive `deepspeed`: time to save a checkpoint
+LEFTOVER_SECONDS = 5.0  # for what outlives the run itself: data workers, a W&B upload
+REPEAT_SECONDS = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class OwnedProcesses:
+    """All processes that one command started, whoever their parent is by now.
+
+    The session finds what was orphaned; parenthood finds what left the session, if seen once while its parent lived.
+    """
+
+    def __init__(self, root: subprocess.Popen[bytes]) -> None:
+        self.session = root.pid
+        self.known: set[psutil.Process] = {psutil.Process(root.pid)}
+
+    def alive(self) -> list[psutil.Process]:
+        """Look again, and return the owned processes that still run (a zombie does not)."""
+        self.known = {process for process in self.known if is_alive(process)}
+        found = [(process, parent_and_session(process)) for process in psutil.process_iter()]
+        pids = {process.pid for process in self.known}
+        grown = True
+        while grown:
+            grown = False
+            for process, (parent, session) in found:
+                if process.pid not in pids and (session == self.session or parent in pids) and is_alive(process):
+                    self.known.add(process)
+                    pids.add(process.pid)
+                    grown = True
+        return sorted(self.known, key=lambda process: process.pid)
+
+    def ranks(self, script: Path) -> list[psutil.Process]:
+        """The processes that run the training script for launch.py; not the workers that they fork."""
+        candidates = {process.pid: process for process in self.alive() if runs_as_rank(process, script)}
+        return [process for process in candidates.values() if parent_and_session(process)[0] not in candidates]
+
+    def kill(self) -> None:
+        """SIGKILL to everything owned, until nothing is left (bounded: a process in the kernel's hands may linger)."""
+        for _ in range(50):
+            processes = self.alive()
+            if not processes:
+                return
+            for process in processes:
+                send(process, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def parent_and_session(process: psutil.Process) -> tuple[int, int]:
+    try:
+        return process.ppid(), os.getsid(process.pid)
+    except (psutil.Error, OSError):
+        return -1, -1
+
+
+def runs_as_rank(process: psutil.Process, script: Path) -> bool:
+    """Whether launch.py started this process: `python -u SCRIPT --local_rank=N ...`."""
+    try:
+        arguments = process.cmdline()
+    except psutil.Error:
+        return False
+    return str(script) in arguments and any(argument.startswith("--local_rank=") for argument in arguments)
+
+
+def send(process: psutil.Process, signum: signal.Signals) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(signum)
+
+
+class StopRequests:
+    """Counts SIGINT, SIGTERM and SIGHUP while it is entered: the first asks, the second kills.
+
+    Signals within a second of each other are one request: a terminal and a scheduler may both pass the same one on.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last = -math.inf
+        self.before: dict[signal.Signals, Any] = {}
+
+    def _heard(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self.count += now - self.last > REPEAT_SECONDS
+        self.last = now
+
+    def __enter__(self) -> StopRequests:
+        for signum in STOP_SIGNALS:
+            self.before[signum] = signal.signal(signum, self._heard)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def supervise(
+    command: list[str],
+    *,
+    run_dir: Path,
+    script: Path,
+    refusal_file: Path,
+    environment: dict[str, str],
+    num_nodes: int = 1,
+) -> int:
+    """Run `command` (a `deepspeed` line that starts `script`) to its end and return the exit code of launch.run.
+
+    SIGINT, SIGTERM or SIGHUP: the first asks every rank to save and stop, the second kills all. When this returns, no
+    process that the command started on this machine is left.
+    """
+    started_before = started_of(run_dir)
+    with StopRequests() as stop:
+        deepspeed = subprocess.Popen(command, env=environment, start_new_session=True)
+        owned = OwnedProcesses(deepspeed)
+        try:
+            watch(deepspeed, owned, stop, script, num_nodes)
+            await_leftovers(owned, stop, run_dir, started_before, script, num_nodes)
+        finally:
+            owned.kill()
+        return settle(run_dir, started_before, deepspeed.wait(), refusal_file, stop.count)
+
+
+def watch(
+    deepspeed: subprocess.Popen[bytes], owned: OwnedProcesses, stop: StopRequests, script: Path, num_nodes: int
+) -> None:
+    """Until `deepspeed` ends: keep track of what it started, and pass requests to stop on."""
+    heard = 0
+    while deepspeed.poll() is None:
+        owned.alive()
+        if stop.count > heard:
+            if stop.count > 1:
+                say("killing the run: a second signal came")
+                owned.kill()
+            elif ranks := owned.ranks(script):
+                ask_to_stop(ranks)
+            elif num_nodes > 1:  # the ranks are not ours to see: the pdsh runner signals those on every node
+                say("asked deepspeed to stop the ranks on all nodes; a second signal kills what runs on this machine")
+                deepspeed.terminate()
+            else:
+                say("stopped before any rank had started")
+                owned.kill()
+            heard = stop.count
+        time.sleep(POLL_SECONDS)
+
+
+def ask_to_stop(ranks: list[psutil.Process]) -> None:
+    """SIGTERM to the ranks alone. launch.py hears nothing, so it ends after them and cuts no save short."""
+    say(f"asked {len(ranks)} rank{'s' * (len(ranks) > 1)} to save and stop; a second signal kills them")
+    for rank in ranks:
+        send(rank, signal.SIGTERM)
+
+
+def await_leftovers(
+    owned: OwnedProcesses, stop: StopRequests, run_dir: Path, started_before: str | None, script: Path, num_nodes: int
+) -> None:
+    """After `deepspeed` has ended: give the ranks that it left time to save. What then still runs, the caller kills."""
+    asked, ended = stop.count > 0, time.monotonic()
+    while True:
+        ranks, running = owned.ranks(script), is_running(run_dir, started_before)
+        if ranks and running and not asked:
+            say("deepspeed has ended without its ranks")
+            ask_to_stop(ranks)
+            asked = True
+        if not owned.alive() and not (running and num_nodes > 1):
+            return
+        waiting_for_ranks = running and (ranks or num_nodes > 1)
+        if stop.count > 1 or time.monotonic() - ended > (GRACE_SECONDS if waiting_for_ranks else LEFTOVER_SECONDS):
+            return
+        time.sleep(POLL_SECONDS)
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def started_of(run_dir: Path) -> str | None:
+    """When the last attempt in this folder started: what tells its summary from that of a new one."""
+    return (read_summary(run_dir) or {}).get("started")
+
+
+def is_running(run_dir: Path, started_before: str | None) -> bool:
+    """Whether the attempt that began after `started_before` has a summary without a final status."""
+    summary = read_summary(run_dir)
+    return summary is not None and summary.get("status") == "running" and summary.get("started") != started_before
+
+
+def settle(
+    run_dir: Path, started_before: str | None, deepspeed_code: int, refusal_file: Path, stop_requests: int
+) -> int:
+    """The exit code, from what the ranks left; an attempt without a final status gets one here.
+
+    A refusal was printed by rank 0 already. A stop that comes before the ranks listen kills them, and an earlier
+    checkpoint is as good as it was: that is a stop. Without a checkpoint, or with steps lost, it is a failure.
+    """
+    if refusal_file.is_file() and refusal_file.read_text(encoding="utf-8").strip():
+        return EXIT_REFUSED
+    summary = read_summary(run_dir) or {}
+    of_this_attempt = "started" in summary and summary["started"] != started_before
+    if of_this_attempt and summary["status"] != "running":
+        return report(run_dir, summary)
+
+    if read_json_object(run_dir / "env.json") is None:
+        why = (
+            "stopped before it began"
+            if stop_requests
+            else f"no rank began to train; deepspeed exit code {deepspeed_code}"
+        )
+        say(f"failed: {why}; nothing was written to {run_dir}")
+        return EXIT_FAILED
+    status, step, reason = (
+        "failed",
+        last_logged_step(run_dir),
+        f"ranks ended without a final status; deepspeed exit code {deepspeed_code}",
+    )
+    saved = latest_step(run_dir)
+    if stop_requests and saved is not None and (step <= saved or not of_this_attempt):
+        status, step, reason = "stopped", saved, "stopped on request, before a step was logged after the checkpoint"
+    elif stop_requests:
+        reason = "ended by a request to stop, before a checkpoint was saved"
+    elif faults := sorted(path.name for path in run_dir.glob("rank*.err")):
+        reason += f"; see {', '.join(faults)}"
+    return report(
+        run_dir, close_summary(run_dir, summary, of_this_attempt, {"status": status, "reason": reason, "step": step})
+    )
+
+
+def close_summary(run_dir: Path, summary: dict[str, Any], of_this_attempt: bool, end: dict[str, Any]) -> dict[str, Any]:
+    """Write the final status that the ranks could not write, and the time that they spent. Returns the new summary."""
+    ended = utc_now()
+    kept = {name: value for name, value in summary.items() if name not in ("pid", "hostname")}
+    closed = {**kept, **end, "ended": ended}
+    if of_this_attempt:
+        spent = datetime.fromisoformat(ended) - datetime.fromisoformat(summary["started"])
+        closed["total_time_min"] = summary.get("total_time_min", 0.0) + spent.total_seconds() / 60
+    closed.setdefault("config_hash", (read_json_object(run_dir / "env.json") or {}).get("config_hash"))
+    write_json(run_dir / "summary.json", closed)
+    return closed
+
+
+def last_logged_step(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a rank that was killed may leave half a line
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def report(run_dir: Path, summary: dict[str, Any]) -> int:
+    """Say how the run ended, on one line, and return its exit code."""
+    reason = f" ({summary['reason']})" if summary.get("reason") else ""
+    say(f"{summary['status']} at step {summary.get('step', 0)}{reason}; {run_dir}")
+    return EXIT_CODES.get(summary["status"], EXIT_FAILED)
+
+
+def refuse_if_in_use(run_dir: Path) -> None:
+    """Raise ConfigError if a run on this machine still writes to the folder: two runs never share one."""
+    summary = read_summary(run_dir) or {}
+    if summary.get("status") != "running" or summary.get("hostname") != socket.gethostname():
+        return
+    try:
+        process = psutil.Process(summary["pid"])
+        born, alive = process.create_time(), is_alive(process)
+    except (KeyError, psutil.NoSuchProcess):
+        return
+    if alive and born <= datetime.fromisoformat(summary["started"]).timestamp() + 1:  # else the pid has a new owner
+        raise ConfigError(
+            f"--run_dir {run_dir}: a run is writing to it (process {process.pid}, started {summary['started']}). "
+            "Wait for it, stop it, or use another --run_dir."
+        )
+
+
+def say(text: str) -> None:
+    print(f"launch.run: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""A stand-in for train.py that needs no torch: ranks that end in the way that FAKE_END names, and note who they are."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from launch.begin import begin_or_exit, refuse
+from launch.run_dir import EXIT_CODES
+from launch.run_log import RunLog
+from model.config import DataError
+
+
+def main() -> int:
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    start, end = begin_or_exit(), os.environ["FAKE_END"]
+    me, notes = psutil.Process(), Path(os.environ["FAKE_NOTES"])
+    (notes / f"rank{start.rank}").write_text(" ".join(str(process.pid) for process in (me, *me.parents()[:2])))
+    if end == "refuse":
+        refuse(DataError("run.data.train=nowhere: no token files."), start.rank, start.args)
+
+    log = RunLog(start.args.run_dir, start.run, resumed_step=0, total_steps=10, enabled=start.rank == 0, environment={})
+    if end == "complete" and start.rank == 1:  # a worker that forgets to end, in a session of its own
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        (notes / "worker").write_text(str(worker.pid))
+    for step in range(1, 600):
+        log.log(step, {"train/loss": 1.0})
+        time.sleep(0.25)
+        if end == "crash" and step == 4:
+            os._exit(7)
+        if end == "complete" and step == 8:
+            log.finish("completed", "all steps done", {})
+            os._exit(6)  # as when gloo aborts at exit, after the work is done
+        if asked and end == "never":
+            (notes / f"asked{start.rank}").touch()
+        if len(list(notes.glob("asked*"))) == 2:  # as train.py, whose ranks agree to stop
+            time.sleep(1.5 * start.rank)  # rank 1 takes longer to save
+            log.finish("stopped", "asked by a signal", {"step": step})
+            return EXIT_CODES["stopped"]
+    raise AssertionError("nobody ended this run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

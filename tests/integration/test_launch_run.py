@@ -1,0 +1,207 @@
+"""launch.run as a program: what it refuses without starting anything, and runs under the real `deepspeed` launcher.
+
+The ranks run fake_train.py, which imports no torch: here the launcher is tested, not training.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from launch.run_config import REPO_ROOT
+
+TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
+FAKE_TRAIN = Path(__file__).with_name("fake_train.py")
+LAUNCH_FAKE = (
+    "import sys, pathlib, launch.run; sys.exit(launch.run.main(sys.argv[2:], script=pathlib.Path(sys.argv[1])))"
+)
+PATIENCE = 120  # seconds until a hanging test is given up
+
+
+def environment(**changed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "CUDA_VISIBLE_DEVICES": "", **changed}
+
+
+def launch_run(*arguments: str | Path, cwd: Path = REPO_ROOT) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "launch.run", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=environment())
+
+
+# --- without starting anything --------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_deepspeed_key_is_refused_on_one_line_and_nothing_is_created(tmp_path: Path) -> None:
+    tree = json.loads(TINY.read_text())
+    tree["gradient_cliping"] = tree.pop("gradient_clipping")
+    (tmp_path / "typo.json").write_text(json.dumps(tree))
+    done = launch_run(tmp_path / "typo.json", "--run_dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"ConfigError: .*gradient_cliping.*gradient_clipping.*\n", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_a_run_that_is_too_large_for_this_machine_and_creates_nothing(tmp_path: Path) -> None:
+    done = launch_run(
+        REPO_ROOT / "ds_configs" / "moe_d12.json",
+        "--dry_run",
+        "--run_dir",
+        tmp_path / "run",
+        "--set",
+        "run.train.seed=3",
+    )
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert shlex.split(first)[:4] == ["deepspeed", "--num_gpus", "8", str(REPO_ROOT / "train.py")]
+    assert shlex.split(first)[-2:] == ["--set", "run.train.seed=3"]
+    text = "\n".join(rest)
+    for fact in (
+        "[0 1 2 3 4 5 6 7]",
+        "456,206,592 total, 286,337,280 active, 169,869,312 inactive, 110,176,512 active matmul",
+        "FLOPs per token     774,305,280",
+        "tokens per step     524,288",
+        "steps               1,733",
+        "accumulation steps  4",
+        "GiB",
+        f"{tmp_path / 'run'} (a fresh run)",
+    ):
+        assert fact in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_are_relative_to_where_the_user_stands(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(TINY.read_text())
+    command = [sys.executable, "-m", "launch.run", "mine.json", "--run_dir", "here", "--dry_run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=environment())
+    assert f"--config {tmp_path / 'mine.json'} --run_dir {tmp_path / 'here'}" in done.stdout
+
+
+def test_more_cpu_ranks_than_cores_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    done = launch_run(
+        TINY,
+        "--run_dir",
+        tmp_path / "run",
+        "--set",
+        "run.launch.num_gpus=4096",
+        "train_batch_size=8192",
+        "run.launch.ep_size=1",
+    )
+    assert done.returncode == 2
+    cores = len(os.sched_getaffinity(0))
+    assert f"run.launch.num_gpus=4096, but this machine has no GPU and {cores} core" in done.stderr
+    assert f"--set run.launch.num_gpus={cores} for CPU ranks" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_completed_folder_says_so_and_exits_0(tmp_path: Path) -> None:
+    plan = "from launch.run_config import load_run; import sys; print(load_run(sys.argv[1]).config_hash)"
+    command = [sys.executable, "-c", plan, str(TINY)]
+    config_hash = subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
+    (tmp_path / "env.json").write_text(json.dumps({"config_hash": config_hash}))
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "completed", "step": 10}))
+    done = launch_run(TINY, "--run_dir", tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}: completed at step 10. Nothing to do.\n")
+    assert "completed at step 10: nothing to do" in launch_run(TINY, "--run_dir", tmp_path, "--dry_run").stdout
+
+
+def test_neither_torch_nor_deepspeed_nor_wandb_is_imported_before_the_run_starts() -> None:
+    code = "import sys, launch.run, launch.run_log; print(*{'torch', 'deepspeed', 'wandb'} & sys.modules.keys())"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout == "\n"
+
+
+# --- under the deepspeed launcher -----------------------------------------------------------------------------------
+
+
+class Launched:
+    """launch.run with two CPU ranks of fake_train.py."""
+
+    def __init__(self, folder: Path, end: str) -> None:
+        self.run_dir, self.notes = folder / "run", folder / "notes"
+        self.notes.mkdir()
+        self.output = open(folder / "output", "w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH_FAKE, str(FAKE_TRAIN), str(TINY), "--run_dir", str(self.run_dir)],
+            env=environment(FAKE_END=end, FAKE_NOTES=str(self.notes)),
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def await_training(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not ((self.run_dir / "metrics.jsonl").is_file() and len(list(self.notes.iterdir())) == 2):
+            assert time.monotonic() < deadline, self.printed()
+            assert self.process.poll() is None, self.printed()
+            time.sleep(0.1)
+
+    def pids(self) -> set[int]:
+        """Ranks, launch.py, the runner, and what the ranks started."""
+        return {int(pid) for note in self.notes.iterdir() for pid in note.read_text().split()}
+
+    def end(self) -> int:
+        """Wait for launch.run; nothing that it started may be left."""
+        code = self.process.wait(timeout=PATIENCE)
+        left = [pid for pid in self.pids() if is_running(pid)]
+        assert left == [], self.printed()
+        return code
+
+    def printed(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def summary(self) -> dict:
+        return json.loads((self.run_dir / "summary.json").read_text())
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_completed_run_is_a_success_though_its_ranks_end_badly_and_leave_a_worker(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, "complete")
+    assert launched.end() == 0, launched.printed()
+    assert launched.summary()["status"] == "completed"
+    assert (launched.notes / "worker").exists()
+
+
+def test_one_sigterm_stops_every_rank_at_its_own_pace(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, "never")
+    launched.await_training()
+    assert len(launched.pids()) == 4  # two ranks, launch.py, the runner
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end() == 3, launched.printed()
+    assert launched.summary().items() >= {"status": "stopped", "reason": "asked by a signal"}.items()
+
+
+def test_ranks_that_outlive_deepspeed_are_asked_to_save(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, "never")
+    launched.await_training()
+    runner = psutil.Process(launched.process.pid).children()[0]
+    runner.kill()
+    assert launched.end() == 3, launched.printed()
+    assert "deepspeed has ended without its ranks" in launched.printed()
+    assert launched.summary()["status"] == "stopped"
+
+
+def test_ranks_that_vanish_leave_a_summary_that_says_failed(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, "crash")
+    assert launched.end() == 4, launched.printed()
+    assert launched.summary()["status"] == "failed"
+    assert launched.summary()["reason"] == "ranks ended without a final status; deepspeed exit code 7"
+
+
+def test_a_refusal_by_the_ranks_is_printed_once_and_nothing_is_created(tmp_path: Path) -> None:
+    launched = Launched(tmp_path, "refuse")
+    assert launched.end() == 2, launched.printed()
+    assert launched.printed().count("DataError: run.data.train=nowhere: no token files.") == 1
+    assert not launched.run_dir.exists()

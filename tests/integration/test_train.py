@@ -1,0 +1,174 @@
+"""train.py as a user starts it: exact resume, stopping, refusing, and what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.run_config import REPO_ROOT
+
+TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
+TIMEOUT = 240  # seconds; against hanging only
+NOT_A_RESULT = ("dt_ms", "tok_per_sec", "peak_mem")  # what may differ between equal runs
+
+
+def command(ranks: int, run_dir: Path, *options: str, config: Path = TINY) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [
+        sys.executable,
+        *launcher,
+        str(REPO_ROOT / "train.py"),
+        "--config",
+        str(config),
+        "--run_dir",
+        str(run_dir),
+        *options,
+    ]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    # The same number of threads whatever the machine: sums are taken in another order by other numbers of threads.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def train(ranks: int, run_dir: Path, *options: str, config: Path = TINY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, run_dir, *options, config=config),
+        env=environment(ranks),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if not any(word in key for word in NOT_A_RESULT)} for line in lines
+    ]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_steps_equal_five_and_five_resumed_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    bf16 = ("--set", "bf16.enabled=true")
+    whole = train(ranks, tmp_path / "whole", *bf16)
+    assert whole.returncode == 0, whole.stderr
+    train(ranks, tmp_path / "halves", *bf16, "run.train.stop_at_step=5")
+    assert summary(tmp_path / "halves")["status"] == "stopped"
+    assert [line["step"] for line in metrics(tmp_path / "halves")] == [0, 1, 2, 3, 4, 5]
+    second = train(ranks, tmp_path / "halves", *bf16)
+    assert second.returncode == 0, second.stderr
+
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(11))
+    assert summary(tmp_path / "halves")["val/loss"] == summary(tmp_path / "whole")["val/loss"]
+    assert summary(tmp_path / "whole")["status"] == "completed"
+
+
+def test_a_stopped_run_exits_with_three_and_a_completed_one_is_not_run_again(tmp_path: Path) -> None:
+    assert train(1, tmp_path / "run", "--set", "run.train.stop_at_step=2").returncode == 3
+    assert train(1, tmp_path / "run", "--set", "run.train.num_steps=10").returncode == 0
+    again = train(1, tmp_path / "run")
+    assert again.returncode == 0
+    assert "Nothing to do" in again.stdout
+
+
+def test_sigterm_saves_at_a_step_boundary_and_the_run_continues(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--set", "run.train.num_steps=2000", "run.train.save_every=1000")
+    with subprocess.Popen(command(1, run_dir, *options), env=environment(1), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + TIMEOUT
+        while not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 4:
+            assert process.poll() is None, "the run ended early"
+            assert time.monotonic() < deadline, "the run did not get going"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 3
+    stopped = summary(run_dir)
+    assert stopped["status"] == "stopped"
+    assert (run_dir / "checkpoints" / f"step_{stopped['step']:08d}" / "moelab.json").exists()
+    resumed = train(1, run_dir, *options, f"run.train.stop_at_step={stopped['step'] + 2}")
+    assert resumed.returncode == 3, resumed.stderr
+    assert [line["step"] for line in metrics(run_dir)] == list(range(stopped["step"] + 3))
+
+
+def test_a_checkpoint_of_another_topology_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(2, run_dir, "--set", "run.train.stop_at_step=2").returncode in (1, 3)  # torchrun's own code is 1
+    before = sorted(path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    fewer = train(1, run_dir)
+    assert fewer.returncode == 2
+    assert fewer.stderr.strip().splitlines()[-1].startswith("CheckpointError: ")
+    assert "was saved with world_size=2, this run has world_size=1. Resume with as many ranks." in fewer.stderr
+    other_ep = train(2, run_dir, "--set", "run.launch.ep_size=1")
+    assert (
+        "was saved with ep_size=2, this run has ep_size=1. Resume with --set run.launch.ep_size=2." in other_ep.stderr
+    )
+    assert sorted(path.relative_to(run_dir) for path in run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            ("gradient_cliping=1.0",),
+            "ConfigError: gradient_cliping is not a known key. Did you mean gradient_clipping?",
+        ),
+        (("run.data.train=nowhere/train",), "DataError: nowhere/train"),
+        (
+            ("run.launch.ep_size=2",),
+            "ConfigError: run.launch.ep_size=2 does not divide the 1 rank (1 node x 1 GPU). Use 1.",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_two_and_creates_nothing(
+    options: tuple[str, ...], error: str, tmp_path: Path
+) -> None:
+    refused = train(1, tmp_path / "run", "--set", *options)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = train(1, run_dir, "--set", "optimizer.params.lr=1e38", "gradient_clipping=0", "run.train.save_every=1")
+    assert done.returncode == 4
+    assert summary(run_dir)["status"] == "nan"
+    assert "last saved: step_" in summary(run_dir)["reason"]
+
+
+def test_a_dense_model_trains_and_reports_no_routing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = train(1, run_dir, "--set", "run.model.moe=null", "run.model.ffn_hidden_size=64", "run.launch.ep_size=1")
+    assert done.returncode == 0, done.stderr
+    assert metrics(run_dir)[-1]["train/loss"] < metrics(run_dir)[1]["train/loss"]
+    assert not any(key.startswith("moe/") for line in metrics(run_dir) for key in line)
+
+
+def test_the_run_folder_says_what_ran(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(1, run_dir, "--set", "run.train.num_steps=8")
+    config, env = (json.loads((run_dir / name).read_text()) for name in ("config.json", "env.json"))
+    assert config["run"]["train"]["num_steps"] == 8
+    assert config["run"]["model"]["rope_theta"] == 10000.0, "defaults are filled in"
+    assert env["config_hash"] == summary(run_dir)["config_hash"]
+    assert env["data"]["train"].startswith("synthetic-")
+    done = summary(run_dir)
+    assert done["tail_steps"] == 5, "the first three steps are warm-up and stay out of throughput"
+    assert done["tail50_tok_per_sec"] > 0
+    assert "tail50_mfu" not in done, "an unknown device has no peak, so no MFU"
+    assert "completed" in (run_dir / "log.txt").read_text()

@@ -1,0 +1,90 @@
+"""env.json: what is recorded, what is never recorded, and what is absent rather than wrong."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.environment import describe_checkout, describe_environment, package_versions, telling_variables
+from launch.run_config import REPO_ROOT, load_run
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = {
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a@b.c",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@b.c",
+    }
+    subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, env={**os.environ, **identity}
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "tracked").write_text("one")
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    return tmp_path
+
+
+def test_the_environment_is_json_and_holds_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    run = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json")
+    env = describe_environment(run, ["train.py", "--set", "a b"], ["NVIDIA H200"], world_size=8)
+    assert json.loads(json.dumps(env)) == env
+    assert env["config_hash"] == run.config_hash
+    assert env["launch_line"] == "train.py --set 'a b'"
+    assert (env["devices"], env["world_size"]) == (["NVIDIA H200"], 8)
+    assert env["variables"]["NCCL_DEBUG"] == "INFO"
+    assert {"started", "python", "platform", "cpu", "cpu_count", "hostname", "packages"} <= env.keys()
+
+
+def test_package_versions_are_read_without_importing_and_absent_where_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.environment.PACKAGES", ("pytest", "no-such-package"))
+    assert package_versions() == {"pytest": pytest.__version__}
+
+
+def test_variables_are_chosen_by_name_and_never_a_secret() -> None:
+    variables = {
+        "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "HOME": "/root",
+        "WANDB_API_KEY": "secret", "DS_TOKEN": "secret", "SLURM_JWT": "secret",
+    }  # fmt: skip
+    assert telling_variables(variables) == {"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+
+
+def test_a_clean_checkout_has_a_commit_and_no_dirty_hash(checkout: Path) -> None:
+    (checkout / "ignored").write_text("does not matter")
+    found = describe_checkout(checkout)
+    assert len(found.pop("commit")) == 40
+    assert found == {"dirty": False}
+
+
+@pytest.mark.parametrize("name", ["tracked", "untracked"])
+def test_a_changed_or_new_file_makes_the_checkout_dirty_and_its_content_is_in_the_hash(
+    checkout: Path, name: str
+) -> None:
+    hashes = []
+    for content in ("two", "three", "two"):
+        (checkout / name).write_text(content)
+        found = describe_checkout(checkout)
+        assert found["dirty"] is True
+        hashes.append(found["dirty_hash"])
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_a_folder_that_is_no_checkout_of_its_own_has_no_commit(checkout: Path) -> None:
+    (checkout / "inside").mkdir()
+    assert describe_checkout(checkout / "inside") == {}
+
+
+def test_a_machine_without_git_has_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert describe_checkout(checkout) == {}
