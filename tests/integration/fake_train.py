@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from launch.begin import begin_or_exit, refuse
-from launch.run_dir import EXIT_CODES
+from launch.begin import begin_or_exit, say_refusal
+from launch.run_dir import EXIT_CODES, EXIT_REFUSED
 from launch.run_log import RunLog
 from model.config import DataError
 
@@ -22,7 +22,8 @@ def main() -> int:
     me, notes = psutil.Process(), Path(os.environ["FAKE_NOTES"])
     (notes / f"rank{start.rank}").write_text(" ".join(str(process.pid) for process in (me, *me.parents()[:2])))
     if end == "refuse":
-        refuse(DataError("run.data.train=nowhere: no token files."), start.rank, start.args)
+        say_refusal(DataError("run.data.train=nowhere: no token files."), start.rank, start.args)
+        return EXIT_REFUSED
 
     log = RunLog(start.args.run_dir, start.run, resumed_step=0, total_steps=10, enabled=start.rank == 0, environment={})
     if end == "complete" and start.rank == 1:  # a worker that forgets to end, in a session of its own

@@ -84,18 +84,13 @@ def test_paths_are_relative_to_where_the_user_stands(tmp_path: Path) -> None:
 
 
 def test_more_cpu_ranks_than_cores_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    done = launch_run(
-        TINY,
-        "--run_dir",
-        tmp_path / "run",
-        "--set",
-        "run.launch.num_gpus=4096",
-        "train_batch_size=8192",
-        "run.launch.ep_size=1",
-    )
-    assert done.returncode == 2
     cores = len(os.sched_getaffinity(0))
-    assert f"run.launch.num_gpus=4096, but this machine has no GPU and {cores} core" in done.stderr
+    one_too_many = [f"run.launch.num_gpus={cores + 1}", f"train_batch_size={2 * (cores + 1)}", "run.launch.ep_size=1"]
+    command = [sys.executable, "-c", LAUNCH_FAKE, str(tmp_path / "no_script.py"), str(TINY)]  # if started, ends at once
+    command += ["--run_dir", str(tmp_path / "run"), "--set", *one_too_many]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    assert done.returncode == 2
+    assert f"run.launch.num_gpus={cores + 1}, but this machine has no GPU and {cores} core" in done.stderr
     assert f"--set run.launch.num_gpus={cores} for CPU ranks" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -147,7 +142,14 @@ class Launched:
 
     def end(self) -> int:
         """Wait for launch.run; nothing that it started may be left."""
-        code = self.process.wait(timeout=PATIENCE)
+        try:
+            code = self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGTERM)
+            time.sleep(2)
+            self.process.send_signal(signal.SIGTERM)  # the second kills all that launch.run started
+            self.process.wait(timeout=PATIENCE)
+            raise
         left = [pid for pid in self.pids() if is_running(pid)]
         assert left == [], self.printed()
         return code

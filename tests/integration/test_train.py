@@ -145,7 +145,7 @@ def test_a_refusal_is_one_line_and_exit_code_two_and_creates_nothing(
 
 def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    done = train(1, run_dir, "--set", "optimizer.params.lr=1e38", "gradient_clipping=0", "run.train.save_every=1")
+    done = train(1, run_dir, "--set", "optimizer.params.lr=1e30", "gradient_clipping=0", "run.train.save_every=1")
     assert done.returncode == 4
     assert summary(run_dir)["status"] == "nan"
     assert "last saved: step_" in summary(run_dir)["reason"]
