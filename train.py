@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def open_split(run: Run, split: str, name: str) -> Split:
 def set_up_process(start: Start) -> None:
     """Join the other ranks; quiet DeepSpeed's logger; share the cores of a CPU machine among its ranks."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # deepspeed 0.19.8 calls what torch 2.13 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // start.topology.gpus_per_node))
     deepspeed.init_distributed()
