@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from launch.command_line import parse_train_arguments
+from launch.environment import variables_of_interpreter
 from launch.run_config import Run, load_run
 from launch.run_dir import EXIT_REFUSED, Beginning, decide_beginning, write_text
 from launch.topology import Topology, resolve_topology
@@ -30,6 +31,7 @@ class Start:
 def begin_or_exit(argv: list[str] | None = None) -> Start:
     """Parse, load, check; a refusal is one line on rank 0's stderr and exit code 2, with nothing created."""
     args = parse_train_arguments(argv)
+    os.environ.update(variables_of_interpreter(os.environ))
     become_single_rank_without_launcher()
     world_size, local_world_size = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     local_world_size = local_world_size or world_size

@@ -9,6 +9,8 @@ import platform
 import shlex
 import socket
 import subprocess
+import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,20 @@ def describe_environment(run: Run, argv: list[str], devices: list[str], **facts:
         "hostname": socket.gethostname(),
         "variables": telling_variables(dict(os.environ)),
     }
+
+
+def variables_of_interpreter(environment: Mapping[str, str]) -> dict[str, str]:
+    """What DeepSpeed needs to find what set-up built, when this interpreter is used without activating its environment.
+
+    Its scripts' folder on PATH (ninja is there), and TORCH_EXTENSIONS_DIR where set-up put the ops: two ranks that find no
+    op would build it at the same time, each.
+    """
+    scripts, extensions = str(Path(sys.executable).parent), Path(sys.prefix) / "torch_extensions"
+    path = environment.get("PATH", os.defpath)
+    variables = {"PATH": path if scripts in path.split(os.pathsep) else f"{scripts}{os.pathsep}{path}"}
+    if extensions.is_dir() and "TORCH_EXTENSIONS_DIR" not in environment:
+        variables["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    return variables
 
 
 def utc_now() -> str:

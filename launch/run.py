@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command_line import parse_launch_arguments
+from launch.environment import variables_of_interpreter
 from launch.memory import GIB, estimate_memory
 from launch.run_config import REPO_ROOT, Run, load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED, Beginning, decide_beginning
@@ -148,16 +149,8 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def environment_of_ranks(plan: Plan, environment: dict[str, str]) -> dict[str, str]:
-    """The user's environment, with the interpreter's folder on PATH, where DeepSpeed looks for ninja, and for CPU ranks
-    what makes DeepSpeed use the CPU and divides the cores.
-    """
-    scripts = str(Path(sys.executable).parent)
-    path = environment.get("PATH", os.defpath)
-    return {
-        **environment,
-        "PATH": path if scripts in path.split(os.pathsep) else f"{scripts}{os.pathsep}{path}",
-        **cpu_variables(plan),
-    }
+    """The user's environment, what this interpreter needs, and for CPU ranks what makes DeepSpeed use the CPU."""
+    return {**environment, **variables_of_interpreter(environment), **cpu_variables(plan)}
 
 
 def cpu_variables(plan: Plan) -> dict[str, str]:

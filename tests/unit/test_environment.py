@@ -3,11 +3,18 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from launch.environment import describe_checkout, describe_environment, package_versions, telling_variables
+from launch.environment import (
+    describe_checkout,
+    describe_environment,
+    package_versions,
+    telling_variables,
+    variables_of_interpreter,
+)
 from launch.run_config import REPO_ROOT, load_run
 
 
@@ -88,3 +95,15 @@ def test_a_folder_that_is_no_checkout_of_its_own_has_no_commit(checkout: Path) -
 def test_a_machine_without_git_has_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert describe_checkout(checkout) == {}
+
+
+def test_ninja_and_the_ops_that_set_up_built_are_found_without_activating(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert variables_of_interpreter({"PATH": "/usr/bin"}) == {"PATH": f"{tmp_path}/bin:/usr/bin"}, "no ops were built"
+    (tmp_path / "torch_extensions").mkdir()
+    found = variables_of_interpreter({"PATH": f"/usr/bin:{tmp_path}/bin"})
+    assert found == {"PATH": f"/usr/bin:{tmp_path}/bin", "TORCH_EXTENSIONS_DIR": f"{tmp_path}/torch_extensions"}
+    assert "TORCH_EXTENSIONS_DIR" not in variables_of_interpreter({"PATH": "", "TORCH_EXTENSIONS_DIR": "/mine"})
