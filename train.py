@@ -240,7 +240,8 @@ class Trainer:
         last = min(run.num_steps, train.stop_at_step or run.num_steps)
         while self.step < last:
             stats = self.train_step()
-            metrics = self.train_metrics(stats) if self.is_due(train.log_every) or self.step == 1 else {}
+            is_logged = self.is_due(train.log_every) or self.step in (1, last)
+            metrics = self.train_metrics(stats) if is_logged else {}
             stopping = self.stop.agreed_by_all_ranks(self.engine.device)
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
