@@ -51,8 +51,8 @@ def describe_environment(run: Run, argv: list[str], devices: list[str], **facts:
 def variables_of_interpreter(environment: Mapping[str, str]) -> dict[str, str]:
     """What DeepSpeed needs to find what set-up built, when this interpreter is used without activating its environment.
 
-    Its scripts' folder on PATH (ninja is there), and TORCH_EXTENSIONS_DIR where set-up put the ops: ranks that find none
-    would all build them at the same time.
+    Its scripts' folder on PATH (ninja is there), and TORCH_EXTENSIONS_DIR where set-up put the ops: ranks that find
+    none would all build them at the same time.
     """
     scripts, extensions = str(Path(sys.executable).parent), Path(sys.prefix) / "torch_extensions"
     path = environment.get("PATH", os.defpath)

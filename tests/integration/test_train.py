@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -172,3 +173,27 @@ def test_the_run_folder_says_what_ran(tmp_path: Path) -> None:
     assert done["tail50_tok_per_sec"] > 0
     assert "tail50_mfu" not in done, "an unknown device has no peak, so no MFU"
     assert "completed" in (run_dir / "log.txt").read_text()
+
+
+def test_validation_is_the_loss_of_the_whole_split_whatever_the_number_of_ranks(tmp_path: Path) -> None:
+    """val/bpb = nats of every token of the split / ln 2 / bytes of its text, also from half the batches each."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(
+            f"Document {number} says: naïve café, " + "round and round it goes. " * (20 + number)
+        )
+    prepare = [sys.executable, "-m", "tools.prepare_data", "--input", str(texts), "--out", str(tmp_path / "data")]
+    subprocess.run([*prepare, "--vocab_size", "300", "--val_frac", "0.3"], check=True, cwd=REPO_ROOT, timeout=TIMEOUT)
+    figures = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]["val"]
+
+    data = [f"run.data.{split}={tmp_path / 'data' / split}" for split in ("train", "val")]
+    options = ("--set", *data, "run.train.num_steps=1", "run.train.sample_tokens=4")
+    alone, together = (train(ranks, tmp_path / f"run{ranks}", *options) for ranks in (1, 2))
+    assert alone.returncode == 0, alone.stderr
+    assert together.returncode == 0, together.stderr
+    assert "sample after step 1: 'The state of the Union" in alone.stdout
+    first, other = metrics(tmp_path / "run1")[0], metrics(tmp_path / "run2")[0]
+    assert other["val/loss"] == pytest.approx(first["val/loss"], rel=1e-6)
+    assert first["val/bpb"] == pytest.approx(first["val/loss"] * figures["tokens"] / math.log(2) / figures["bytes"])
+    assert first["val/loss"] == pytest.approx(math.log(512), rel=0.02), "a fresh model is uniform over its vocabulary"
