@@ -21,7 +21,6 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +34,19 @@ from launch.run_config import REPO_ROOT, Run
 from launch.run_dir import EXIT_CODES, EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, Status, checkpoint_name
 from launch.run_log import RunLog, tail_figures
 from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
-from model.config import CheckpointError, DataError
-from model.data import (
-    SyntheticTokens,
-    TokenFile,
-    Tokenizer,
-    TokenSource,
-    TrainBatches,
-    ValBatches,
-    builtin_dir,
-    data_fingerprint,
-    read_manifest,
-)
+from model.config import CheckpointError, ConfigError, DataError
+from model.data import builtin_dir
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
 from model.gpt import GPT
 from model.optim import build_optimizer, lr_factor, set_lr
+from model.splits import Data, open_data
 from model.stats import StepStats
 
 WARM_UP_STEPS = 3  # first steps of every start: allocator, caches and kernels warm up; kept out of throughput
-SYNTHETIC_TRAIN_TOKENS = 2**24
-SYNTHETIC_VAL_SEQUENCES = 64
 
 
-class NonFiniteLoss(RuntimeError):
-    """The training loss is NaN or infinite."""
+class NotFinite(RuntimeError):
+    """A loss or a gradient is NaN or infinite."""
 
 
 def main(start: Start) -> int:
@@ -72,49 +60,63 @@ def main(start: Start) -> int:
     stop = StopRequest()
     try:
         prepare_builtin_data(run, start.local_rank)
-        set_up_process(start)
-        data = open_data(start)
-        state = state_to_begin_with(start, data)
-    except (DataError, CheckpointError) as error:
+    except DataError as error:
         say_refusal(error, start.rank, start.args)
         return EXIT_REFUSED
-
-    log = RunLog(
-        run_dir,
-        run,
-        resumed_step=state.step,
-        total_steps=run.num_steps,
-        enabled=start.rank == 0,
-        environment=environment_of(start, data),
-    )
-    trainer = Trainer(start, log, data, state, stop)
-    status: Status
+    set_up_process(start)
+    data, state = None, None
+    refusal: ValueError | None = None
     try:
+        data = open_data(
+            run.data.train,
+            run.data.val,
+            run.model,
+            seed=run.train.seed,
+            micro_batch_size=run.micro_batch_size,
+            rank=start.rank,
+            world_size=start.topology.ranks,
+        )
+        state = state_to_begin_with(start, data)
+    except (DataError, CheckpointError) as error:
+        refusal = error
+    refusal = refusal_of_any_rank(start, data, refusal)
+    if refusal is not None:
+        say_refusal(refusal, start.rank, start.args)
+        return EXIT_REFUSED
+
+    log, trainer = None, None
+    try:
+        assert data is not None
+        assert state is not None
+        log = RunLog(
+            run_dir,
+            run,
+            resumed_step=state.step,
+            total_steps=run.num_steps,
+            enabled=start.rank == 0,
+            environment=environment_of(start, data),
+        )
+        trainer = Trainer(start, log, data, state, stop)
         status, reason = trainer.run_to_end()
-    except torch.OutOfMemoryError as error:
-        status, reason = "oom", str(error).splitlines()[0]
-        record_fault(run_dir, start.rank, log)
-    except NonFiniteLoss as error:
-        status, reason = "nan", str(error)
+        log.finish(status, reason, trainer.figures())
+        return EXIT_CODES.get(status, EXIT_FAILED)
     except BaseException as error:  # of any kind: it is written down, and the run has failed
-        status, reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
-        record_fault(run_dir, start.rank, log)
-    log.finish(status, reason, trainer.figures())
-    return EXIT_CODES.get(status, EXIT_FAILED)
+        status, reason = status_of(error)
+        record_fault(run_dir, start.rank, log, error)
+        if log is not None:
+            log.finish(status, reason, trainer.figures(timed=False) if trainer is not None else {})
+        return EXIT_FAILED
+
+
+def status_of(error: BaseException) -> tuple[Status, str]:
+    """The status that an exception gives a run, and the reason in one line."""
+    if isinstance(error, NotFinite):
+        return "nan", str(error)
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ("oom" if isinstance(error, torch.OutOfMemoryError) else "failed"), reason
 
 
 # --- before the model -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """Tokens to train on or to validate with, and what is known of them."""
-
-    source: TokenSource
-    fingerprint: str
-    tokenizer: Path | None
-    eod_id: int
-    figures: dict[str, Any]  # the manifest's entry: tokens, bytes, unigram_bits_per_byte ...; empty where unknown
 
 
 def prepare_builtin_data(run: Run, local_rank: int) -> None:
@@ -123,54 +125,16 @@ def prepare_builtin_data(run: Run, local_rank: int) -> None:
     if local_rank != 0 or "builtin" not in (run.data.train, run.data.val) or (folder / "manifest.json").exists():
         return
     command = [sys.executable, "-m", "tools.prepare_data", "--builtin", "--vocab_size", str(run.model.vocab_size)]
-    done = subprocess.run(command, cwd=REPO_ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE  # a person sees the progress bar
+    done = subprocess.run(command, cwd=REPO_ROOT, stderr=stderr, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("DataError: ")
+        last = ((done.stderr or "see above").strip().splitlines() or ["no message"])[-1].removeprefix("DataError: ")
         raise DataError(f"run.data: the built-in dataset could not be prepared: {last}")
 
 
-@dataclass(frozen=True)
-class Data:
-    """Both splits, and this rank's batches of them."""
-
-    train: Split
-    val: Split | None
-    batches: TrainBatches
-    val_batches: ValBatches | None
-
-
-def open_data(start: Start) -> Data:
-    """Open what run.data names. Raises DataError if token files are missing, damaged or too short."""
-    run = start.run
-    shape = {"seq_len": run.model.seq_len, "micro_batch_size": run.micro_batch_size}
-    place = {"rank": start.rank, "world_size": start.topology.ranks}
-    train = open_split(run, "train", run.data.train)
-    batches = TrainBatches(train.source, seed=run.train.seed, **shape, **place)
-    if run.data.val is None:
-        return Data(train, None, batches, None)
-    val = open_split(run, "val", run.data.val)
-    return Data(train, val, batches, ValBatches(val.source, eod_id=val.eod_id, **shape, **place))
-
-
-def open_split(run: Run, split: str, name: str) -> Split:
-    """Open what run.data names for a split. Raises DataError if the token files are missing or damaged."""
-    model = run.model
-    if name == "synthetic":
-        seed = run.train.seed + (split == "val")
-        count = SYNTHETIC_TRAIN_TOKENS if split == "train" else SYNTHETIC_VAL_SEQUENCES * model.seq_len
-        return Split(SyntheticTokens(count, model.vocab_size, seed), f"synthetic-{seed}-{count}", None, 0, {})
-    prefix = builtin_dir(model.vocab_size) / split if name == "builtin" else Path(name)
-    source, manifest = TokenFile(prefix), read_manifest(prefix)
-    if manifest is None:
-        return Split(source, data_fingerprint(prefix), None, 0, {})
-    tokenizer = manifest["tokenizer"]
-    if tokenizer["vocab_size"] > model.vocab_size:
-        raise DataError(
-            f"run.data.{split}={name}: its tokenizer has {tokenizer['vocab_size']} tokens, run.model.vocab_size is "
-            f"{model.vocab_size}. Raise it, or prepare the data with a smaller vocabulary."
-        )
-    figures = manifest["splits"].get(prefix.name, {})
-    return Split(source, data_fingerprint(prefix), prefix.parent / tokenizer["file"], tokenizer["eod_id"], figures)
+def on_gpu() -> bool:
+    """Whether this run computes on a GPU; a machine with GPUs may run on its CPU (DS_ACCELERATOR=cpu)."""
+    return deepspeed.get_accelerator().device_name() == "cuda"
 
 
 def set_up_process(start: Start) -> None:
@@ -178,9 +142,33 @@ def set_up_process(start: Start) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # deepspeed 0.19.8 calls what torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if on_gpu():
+        torch.cuda.set_device(start.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // start.topology.gpus_per_node))
     deepspeed.init_distributed()
+
+
+def refusal_of_any_rank(start: Start, data: Data | None, refusal: ValueError | None) -> ValueError | None:
+    """The first rank's refusal, or one that says where the ranks differ, so that all of them end or all go on."""
+    told: list[Any] = [None] * start.topology.ranks
+    facts = {
+        "run file": start.run.config_hash,
+        "ep_size": start.topology.ep_size,
+        "checkpoint": (start.beginning.action, start.beginning.step),
+        "training data": data.train.fingerprint if data is not None else None,
+    }
+    dist.all_gather_object(told, (refusal, facts))
+    for rank, (theirs, _) in enumerate(told):
+        if theirs is not None:
+            return theirs if rank == 0 else type(theirs)(f"rank {rank}: {theirs}")
+    for name in facts:
+        found = {str(theirs[name]) for _, theirs in told}
+        if len(found) > 1:
+            return ConfigError(
+                f"{name}: the ranks see different ones ({', '.join(sorted(found))}). Share one run folder."
+            )
+    return None
 
 
 def state_to_begin_with(start: Start, data: Data) -> TrainingState:
@@ -200,8 +188,7 @@ def state_to_begin_with(start: Start, data: Data) -> TrainingState:
 
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
     """What this attempt ran on, for env.json."""
-    cuda = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else ["cpu"]
     return {
         **describe_environment(start.run, sys.argv, devices),
         "world_size": start.topology.ranks,
@@ -222,10 +209,12 @@ class Trainer:
         self.checkpoints = start.args.run_dir / "checkpoints"
         self.resume_from = checkpoint_name(state.step) if start.beginning.action == "resume" else None
         self.state, self.step, self.samples = state, state.step, state.samples
+        self.saved_step = state.step if start.beginning.action == "resume" else None
+        self.began = time.monotonic()
         self.latest: dict[str, float] = {}  # the newest value of every metric
         self.peak_memory_mib = 0.0
         self.counts, self.flops_per_token = count_parameters(self.run.model), flops_per_token(self.run.model)
-        self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.device_name = torch.cuda.get_device_name() if on_gpu() else "cpu"
         self.peak_flops = peak_flops(self.device_name)
 
     def run_to_end(self) -> tuple[Status, str]:
@@ -240,34 +229,35 @@ class Trainer:
         last = min(run.num_steps, train.stop_at_step or run.num_steps)
         while self.step < last:
             stats = self.train_step()
-            is_logged = self.is_due(train.log_every) or self.step in (1, last)
-            metrics = self.train_metrics(stats) if is_logged else {}
-            stopping = self.stop.agreed_by_all_ranks(self.engine.device)
+            stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
+            saving = stopping or self.is_due(train.save_every)
+            metrics = {}
+            if saving or self.step == 1 or self.is_due(train.log_every):
+                metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
             self.record(metrics)
+            if saving:
+                self.save()
             if self.is_due(train.sample_every) and self.step < run.num_steps:
                 self.sample()
-            if self.is_due(train.save_every) and self.step < last:
-                self.save()
             if stopping:
                 break
 
-        if self.step == run.num_steps:
-            if not self.is_due(train.eval_every):
-                self.record(self.validate())
-            self.sample()
         self.save()
         if self.step == run.num_steps:
+            if not self.is_due(train.eval_every) or "val/loss" not in self.latest:  # resumed at the end
+                self.record(self.validate())
+            self.sample()
             return "completed", f"all {run.num_steps} steps done"
-        wish = f"run.train.stop_at_step={train.stop_at_step}" if self.step == last else "asked by a signal"
+        wish = f"run.train.stop_at_step={train.stop_at_step}" if self.step >= last else "asked by a signal"
         return "stopped", f"{wish}, after step {self.step} of {run.num_steps}"
 
     def build_engine(self) -> None:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
         ep_size = self.topology.ep_size
         model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, self.run.train.seed)
-        optimizer = build_optimizer(model, self.run.deepspeed["optimizer"]["params"])
+        optimizer = build_optimizer(model, self.run.deepspeed["optimizer"]["params"], fused=on_gpu())
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.run.deepspeed)
         assert self.engine.gradient_accumulation_steps() == self.topology.accumulation_steps
         if self.resume_from is not None:
@@ -280,9 +270,7 @@ class Trainer:
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
-            tokens_BS, targets_BS = self.data.batches.micro_batch(self.samples)
-            device = self.engine.device
-            loss, micro_stats = self.engine(tokens_BS.to(device), targets_BS.to(device))
+            loss, micro_stats = self.engine(*self.on_device(self.data.batches.micro_batch(self.samples)))
             self.engine.backward(loss)
             self.engine.step()
             stats.add(micro_stats)
@@ -290,6 +278,11 @@ class Trainer:
         self.timer.stop()
         self.step += 1
         return stats
+
+    def on_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """A batch on the engine's device; pinned first for a GPU, so that the host need not wait for the copy."""
+        device = self.engine.device
+        return tuple((part.pin_memory() if on_gpu() else part).to(device, non_blocking=True) for part in batch)
 
     @property
     def lr(self) -> float:
@@ -306,20 +299,24 @@ class Trainer:
     def train_metrics(self, stats: StepStats) -> dict[str, float]:
         """Metrics of the step just done; speed over the steps since the last call. All ranks call this."""
         metrics = stats.reduce(self.run.model.moe_layers)
-        if not math.isfinite(metrics["train/loss"]):
-            raise NonFiniteLoss(
-                f"train/loss={metrics['train/loss']} at step {self.step}; last saved: {self.last_saved()}"
-            )
-        self.peak_memory_mib = max_over_ranks(peak_memory_mib(), self.engine.device)
         norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["train/grad_norm"] = float(norm)
+        self.refuse_not_finite(metrics)
+        self.peak_memory_mib = max_over_ranks(peak_memory_mib(), self.engine.device)
         metrics |= {
             "train/lr": self.engine.optimizer.param_groups[0]["lr"],
             "train/tokens": float(self.step * self.run.tokens_per_step),
             "train/peak_mem_mib": self.peak_memory_mib,
+            "time/total_s": time.monotonic() - self.began,
         }
-        if norm is not None:
-            metrics["train/grad_norm"] = float(norm)
         return metrics | self.speed(self.timer.since_last_call())
+
+    def refuse_not_finite(self, metrics: dict[str, float]) -> None:
+        """Raise NotFinite on every rank alike. A gradient that is not finite is skipped in bf16 and applied in fp32."""
+        for name in ("train/loss", "train/grad_norm", "val/loss"):
+            if name in metrics and not math.isfinite(metrics[name]):
+                raise NotFinite(f"{name}={metrics[name]} at step {self.step}; last saved: {self.last_saved()}")
 
     def speed(self, seconds: list[float]) -> dict[str, float]:
         """Time and throughput of the given steps, without an attempt's warm-up steps."""
@@ -343,8 +340,8 @@ class Trainer:
             return {}
         self.engine.eval()
         nats_and_targets = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        for tokens_BS, targets_BS in self.data.val_batches:
-            _, stats = self.engine.module(tokens_BS.to(self.engine.device), targets_BS.to(self.engine.device))
+        for batch in self.data.val_batches:
+            _, stats = self.engine.module(*self.on_device(batch))
             targets = stats.num_targets.double()
             nats_and_targets += torch.stack([stats.cross_entropy.double() * targets, targets])
         dist.all_reduce(nats_and_targets)
@@ -352,6 +349,7 @@ class Trainer:
         metrics = {"val/loss": nats / targets}
         if "bytes" in self.data.val.figures:
             metrics["val/bpb"] = nats / math.log(2) / self.data.val.figures["bytes"]
+        self.refuse_not_finite(metrics)
         return metrics
 
     def sample(self) -> None:
@@ -360,13 +358,18 @@ class Trainer:
         if self.data.train.tokenizer is None or train.sample_tokens == 0:
             return
         self.engine.eval()
-        tokenizer = Tokenizer(self.data.train.tokenizer)
-        tokens = self.engine.module.generate(tokenizer.encode(train.sample_prompt), train.sample_tokens, train.seed)
+        tokenizer = self.data.train.tokenizer
+        prompt = [self.data.train.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
+        tokens = self.engine.module.generate(prompt, train.sample_tokens, train.seed)
         self.log.say(f"sample after step {self.step}: {train.sample_prompt + tokenizer.decode(tokens)!r}")
 
     def save(self) -> None:
+        """Save this step, once. All ranks call this."""
+        if self.saved_step == self.step:
+            return
         state = TrainingState(**{**vars(self.state), "step": self.step, "samples": self.samples})
         save_checkpoint(self.engine, self.checkpoints, checkpoint_name(self.step), state, self.run.train.keep_last)
+        self.saved_step = self.step
 
     def record(self, metrics: dict[str, float]) -> None:
         self.latest |= metrics
@@ -400,16 +403,18 @@ class Trainer:
         if self.resume_from is not None:
             self.log.say(f"continued from {self.resume_from}")
 
-    def figures(self) -> dict[str, Any]:
-        """What summary.json keeps besides status and times; None is left out."""
-        timed = self.timer.measured() if hasattr(self, "timer") else []
+    def figures(self, timed: bool = True) -> dict[str, Any]:
+        """What summary.json keeps besides status and times; None is left out. Not timed after a fault of the device."""
+        seconds = self.timer.measured() if timed else []
         val = self.data.val.figures if self.data.val is not None else {}
         return {
             "step": self.step,
             "num_steps": self.run.num_steps,
             "tokens": self.step * self.run.tokens_per_step,
             **self.latest,
-            **tail_figures(timed, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops),
+            **tail_figures(
+                seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
+            ),
             "peak_mem_mib": self.peak_memory_mib or None,
             "val/unigram_bpb": val.get("unigram_bits_per_byte"),
             "val/uniform_bpb": val.get("uniform_bits_per_byte"),
@@ -471,6 +476,7 @@ class StopRequest:
         self.asked = False
         self.interrupts = 0
         self.pending: torch.Tensor | None = None
+        self.copied: torch.cuda.Event | None = None
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self._ask)
 
@@ -481,15 +487,24 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def agreed_by_all_ranks(self, device: torch.device | str) -> bool:
-        """Whether any rank had been asked one step ago; reading a step late keeps the host ahead of the device."""
-        previous, self.pending = self.pending, torch.tensor(float(self.asked), device=device)
-        dist.all_reduce(self.pending, op=dist.ReduceOp.MAX)
+        """Whether any rank had been asked one step ago. A step late, so that the host need not wait for the device."""
+        flag = torch.full((1,), float(self.asked), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        previous, self.pending = self.pending, flag
+        if torch.device(device).type == "cuda":
+            host = torch.empty(1, pin_memory=True)
+            host.copy_(flag, non_blocking=True)
+            self.copied, copied = torch.cuda.Event(), self.copied
+            self.copied.record()
+            self.pending = host
+            if copied is not None:
+                copied.synchronize()
         return previous is not None and bool(previous.item())
 
 
 def peak_memory_mib() -> float:
     """Peak memory of this process: allocated on its GPU, or resident on a machine without."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
@@ -500,13 +515,17 @@ def max_over_ranks(value: float, device: torch.device | str) -> float:
     return tensor.item()
 
 
-def record_fault(run_dir: Path, rank: int, log: RunLog) -> None:
-    """Write the current exception's traceback to log.txt on rank 0, to rank<N>.err elsewhere."""
-    trace = traceback.format_exc()
-    if rank == 0:
+def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseException) -> None:
+    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere. A NotFinite says all in its one line."""
+    if isinstance(error, NotFinite):
+        return
+    trace = "".join(traceback.format_exception(error))
+    if rank == 0 and log is not None:
         log.say(trace)
-    else:
-        (run_dir / f"rank{rank}.err").write_text(trace)
+        return
+    print(trace, file=sys.stderr)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / f"rank{rank}.err").write_text(trace)
 
 
 def end_process(code: int) -> None:

@@ -33,8 +33,8 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
     args = parse_train_arguments(argv)
     os.environ.update(variables_of_interpreter(os.environ))
     become_single_rank_without_launcher()
-    world_size, local_world_size = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    local_world_size = local_world_size or world_size
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = ranks_of_this_node(world_size)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     try:
         run = load_run(args.config, args.assignments)
@@ -44,6 +44,11 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
         say_refusal(error, rank, args)
         sys.exit(EXIT_REFUSED)
     return Start(args, run, topology, beginning, rank, local_rank)
+
+
+def ranks_of_this_node(world_size: int) -> int:
+    """torchrun says LOCAL_WORLD_SIZE, deepspeed 0.19.8 LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
 
 
 def say_refusal(error: ValueError, rank: int, args: argparse.Namespace) -> None:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from launch.run_config import DEFAULT_CONFIG, REPO_ROOT
+from launch.run_dir import EXIT_REFUSED
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line that cannot be read is refused like a bad run file: one line, from rank 0, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ConfigError: {self.prog}: {message}. See --help.", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of train.py: config, run_dir, resume, assignments."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train one run file under deepspeed, torchrun or plain python."
-    )
+    parser = OneLineParser(prog="train.py", description="Train one run file under deepspeed, torchrun or plain python.")
     parser.add_argument(
         "--config",
         "--deepspeed_config",
@@ -54,7 +65,7 @@ def default_run_dir(config: Path) -> Path:
 
 def parse_launch_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of launch.run: config, run_dir, resume, assignments, dry_run. Paths are absolute."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m launch.run",
         description="Start one run file under deepspeed, with the ranks that it states, and watch it.",
     )

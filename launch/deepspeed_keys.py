@@ -147,6 +147,12 @@ RENAMED_KEYS = {
 # Keys that DeepSpeed reads and that would do nothing here, or something that the rest of moelab does not know of.
 UNSUPPORTED_KEYS = {
     "activation_checkpointing": "the blocks keep their activations, so it would have no effect",
+    "compile": "engine.compile is not called, so it would have no effect",
+    "data_types.buffer_dtype": "it would round the rotary tables, which stay in fp32",
+    "gradient_allreduce_op": "gradients are averaged over the ranks",
+    "managed_gradient_accumulation": "accumulation is DeepSpeed's to count",
+    "optimizer.legacy_fusion": "the optimizer is torch's AdamW, so it would have no effect",
+    "torch_autocast": "bf16 says the precision",
     "autotuning": "it starts runs of its own",
     "data_efficiency": "batches come from run.data, so it would have no effect",
     "dataloader_drop_last": "batches come from run.data, so it would have no effect",

@@ -57,7 +57,7 @@ class TrainConfig(Section):
     save_every: int | None = Field(default=None, ge=1)  # besides the last
     keep_last: int = Field(default=2, ge=1)
     sample_every: int | None = Field(default=None, ge=1)  # besides the last
-    sample_prompt: str = "The state of the Union"
+    sample_prompt: str = Field(default="The state of the Union", min_length=1)
     sample_tokens: int = Field(default=48, ge=0)
     log_every: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -128,6 +128,15 @@ class RunSection(Section):
     train: TrainConfig
     launch: LaunchConfig = LaunchConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.eval_every is not None and self.data.val is None:
+            raise ConfigError(
+                f"train.eval_every={self.train.eval_every} has no effect without run.data.val. "
+                "Name validation data, or remove it."
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -262,8 +262,10 @@ def settle(
         status, step, reason = "stopped", saved, "stopped on request, before a step was logged after the checkpoint"
     elif stop_requests:
         reason = "ended by a request to stop, before a checkpoint was saved"
-    elif faults := sorted(path.name for path in run_dir.glob("rank*.err")):
-        reason += f"; see {', '.join(faults)}"
+    elif faults := sorted(run_dir.glob("rank*.err")):
+        reason += f"; see {', '.join(path.name for path in faults)}"
+        if any("OutOfMemoryError" in path.read_text(encoding="utf-8") for path in faults):
+            status = "oom"
     return report(
         run_dir, close_summary(run_dir, summary, of_this_attempt, {"status": status, "reason": reason, "step": step})
     )

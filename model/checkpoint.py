@@ -33,19 +33,26 @@ class TrainingState:
 
 
 def save_checkpoint(engine: Any, folder: Path, name: str, state: TrainingState, keep_last: int) -> None:
-    """Save under folder/name, point `latest` at it, and keep the newest keep_last. All ranks call this."""
-    rank = dist.get_rank()
-    if rank == 0 and (folder / name).exists():
-        shutil.rmtree(folder / name)  # a save that was cut short, or a step that is being repeated
+    """Save under folder/name, point `latest` at it, and keep the newest keep_last. All ranks call this.
+
+    The folder gets its name when it is whole, so that a save that is cut short harms neither `latest` nor a checkpoint
+    of the same name. Checkpoints of later steps (left by a branch that was abandoned) are not touched.
+    """
+    rank, unfinished = dist.get_rank(), f"saving_{name}"
+    if rank == 0:
+        for remains in folder.glob("saving_*"):
+            shutil.rmtree(remains)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=unfinished, save_latest=False)
     dist.barrier()
     if rank == 0:
-        write_durably(folder / name / DESCRIPTION, (json.dumps(asdict(state), indent=2) + "\n").encode())
+        write_durably(folder / unfinished / DESCRIPTION, (json.dumps(asdict(state), indent=2) + "\n").encode())
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        (folder / unfinished).replace(folder / name)
         write_durably(folder / "latest", name.encode())
-        for old in whole_checkpoints(folder)[:-keep_last]:
-            if old != name:
-                shutil.rmtree(folder / old)
+        for old in [whole for whole in whole_checkpoints(folder) if whole <= name][:-keep_last]:
+            shutil.rmtree(folder / old)
     dist.barrier()
 
 

@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
 
 
-def build_optimizer(model: nn.Module, params: dict[str, Any]) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, params: dict[str, Any], fused: bool = False) -> torch.optim.AdamW:
     """torch's AdamW from the `optimizer.params` of a DeepSpeed file; fused on CUDA, nothing compiled at start-up."""
     groups = parameter_groups(model, params.get("weight_decay", 0.01))
     return torch.optim.AdamW(
@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, params: dict[str, Any]) -> torch.optim.Ada
         lr=params["lr"],
         betas=tuple(params.get("betas", (0.9, 0.999))),
         eps=params.get("eps", 1e-8),
-        fused=True if torch.cuda.is_available() else None,
+        fused=True if fused else None,
     )
 
 
