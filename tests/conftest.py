@@ -21,3 +21,11 @@ def two_ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four such processes, for groups that two ranks cannot form."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()

@@ -1,7 +1,7 @@
 """Expert parallelism changes where experts live, never what the model computes.
 
-Two ranks with ep_size 1 and with ep_size 2, under ZeRO-1 and 2, against one process on the joined batch: first loss,
-gradient norm, and every parameter after two clipped AdamW steps.
+Two ranks with ep_size 1 and 2, four with 2 and 4, under ZeRO-1 and 2, against one process on the joined batch: losses,
+gradient norms, and every parameter after two clipped AdamW steps.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
             "zero_optimization": {"stage": zero_stage},
         },
     )
-    losses, norms = [], []
+    losses, norms, micro_steps = [], [], 8 // (2 * world_size)
     for step in range(STEPS):
         loss_sum = torch.zeros(())
-        for micro_step in range(2):
+        for micro_step in range(micro_steps):
             first = (micro_step * world_size + rank) * 2
             tokens = batch(step)[first : first + 2]
             loss, _ = engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
             engine.backward(loss)
             engine.step()
-            loss_sum += loss.detach() / 2
+            loss_sum += loss.detach() / micro_steps
         dist.all_reduce(loss_sum)
         losses.append(loss_sum.item() / world_size)
         norms.append(float(engine.get_global_grad_norm()))
@@ -103,9 +103,19 @@ def train_in_one_process(config: ModelConfig) -> dict[str, Any]:
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_two_ranks_equal_one_process(two_ranks: RankPool, top_k: int, ep_size: int, zero_stage: int) -> None:
+    check_against_one_process(two_ranks, top_k, ep_size, zero_stage)
+
+
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_four_ranks_equal_one_process(four_ranks: RankPool, ep_size: int) -> None:
+    """With ep_size 2 every expert lives on two ranks, whose gradients are averaged."""
+    check_against_one_process(four_ranks, top_k=2, ep_size=ep_size, zero_stage=1)
+
+
+def check_against_one_process(ranks: RankPool, top_k: int, ep_size: int, zero_stage: int) -> None:
     config = tiny_model(top_k=top_k, capacity_factor=0.0)
     expected = train_in_one_process(config)
-    answers = two_ranks.run(train_on_ranks, config, ep_size, zero_stage)
+    answers = ranks.run(train_on_ranks, config, ep_size, zero_stage)
     for answer in answers:
         assert answer["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert answer["norms"] == pytest.approx(expected["norms"], rel=1e-4)
