@@ -60,34 +60,14 @@ def main(start: Start) -> int:
     stop = StopRequest()
     try:
         prepare_builtin_data(run, start.local_rank)
-    except DataError as error:
+        set_up_process(start)
+        data, state = open_on_all_ranks(start)
+    except (ConfigError, DataError, CheckpointError) as error:
         say_refusal(error, start.rank, start.args)
-        return EXIT_REFUSED
-    set_up_process(start)
-    data, state = None, None
-    refusal: ValueError | None = None
-    try:
-        data = open_data(
-            run.data.train,
-            run.data.val,
-            run.model,
-            seed=run.train.seed,
-            micro_batch_size=run.micro_batch_size,
-            rank=start.rank,
-            world_size=start.topology.ranks,
-        )
-        state = state_to_begin_with(start, data)
-    except (DataError, CheckpointError) as error:
-        refusal = error
-    refusal = refusal_of_any_rank(start, data, refusal)
-    if refusal is not None:
-        say_refusal(refusal, start.rank, start.args)
         return EXIT_REFUSED
 
     log, trainer = None, None
     try:
-        assert data is not None
-        assert state is not None
         log = RunLog(
             run_dir,
             run,
@@ -149,26 +129,39 @@ def set_up_process(start: Start) -> None:
     deepspeed.init_distributed()
 
 
-def refusal_of_any_rank(start: Start, data: Data | None, refusal: ValueError | None) -> ValueError | None:
-    """The first rank's refusal, or one that says where the ranks differ, so that all of them end or all go on."""
+def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
+    """This rank's data, and the state to begin with.
+
+    Raises the same error on every rank if any of them is refused its files, or if the ranks do not see the same ones.
+    """
+    run, refusal = start.run, None
+    facts: dict[str, object] = {"run file": run.config_hash, "ep_size": start.topology.ep_size}
+    facts["checkpoint"] = (start.beginning.action, start.beginning.step)
+    try:
+        data = open_data(
+            run.data.train,
+            run.data.val,
+            run.model,
+            seed=run.train.seed,
+            micro_batch_size=run.micro_batch_size,
+            rank=start.rank,
+            world_size=start.topology.ranks,
+        )
+        state = state_to_begin_with(start, data)
+        facts["training data"] = data.train.fingerprint
+    except (DataError, CheckpointError) as error:
+        refusal = error
+
     told: list[Any] = [None] * start.topology.ranks
-    facts = {
-        "run file": start.run.config_hash,
-        "ep_size": start.topology.ep_size,
-        "checkpoint": (start.beginning.action, start.beginning.step),
-        "training data": data.train.fingerprint if data is not None else None,
-    }
     dist.all_gather_object(told, (refusal, facts))
     for rank, (theirs, _) in enumerate(told):
         if theirs is not None:
-            return theirs if rank == 0 else type(theirs)(f"rank {rank}: {theirs}")
+            raise theirs if rank == 0 else type(theirs)(f"rank {rank}: {theirs}")
     for name in facts:
-        found = {str(theirs[name]) for _, theirs in told}
+        found = sorted({str(theirs[name]) for _, theirs in told})
         if len(found) > 1:
-            return ConfigError(
-                f"{name}: the ranks see different ones ({', '.join(sorted(found))}). Share one run folder."
-            )
-    return None
+            raise ConfigError(f"{name}: the ranks see different ones ({', '.join(found)}). Let them share their files.")
+    return data, state
 
 
 def state_to_begin_with(start: Start, data: Data) -> TrainingState:
