@@ -83,11 +83,16 @@ def test_exactly_the_predicted_routes_are_dropped() -> None:
     assert ours == set(kept)
 
 
+@torch.no_grad()
+def prefer_expert_two(layer: MoELayer) -> None:
+    """With top_k 1, tokens of ones then all go to expert 2."""
+    layer.deepspeed_moe.gate.wg.weight.zero_()
+    layer.deepspeed_moe.gate.wg.weight[2] = 1.0
+
+
 def test_dropless_keeps_every_route_even_when_all_choose_one_expert() -> None:
     layer, _ = build(top_k=1, capacity_factor=0.0)
-    with torch.no_grad():
-        layer.deepspeed_moe.gate.wg.weight.zero_()
-        layer.deepspeed_moe.gate.wg.weight[2] = 1.0
+    prefer_expert_two(layer)
     _, stats = layer(torch.ones(1, T, D, dtype=torch.float64))
     assert stats.tokens_per_expert_E.tolist() == [0, 0, T, 0]
     assert int(stats.dropped) == 0
@@ -95,9 +100,7 @@ def test_dropless_keeps_every_route_even_when_all_choose_one_expert() -> None:
 
 def test_experts_without_tokens_give_zero_gradients_and_no_nan() -> None:
     layer, _ = build(top_k=1, capacity_factor=1.0)
-    with torch.no_grad():
-        layer.deepspeed_moe.gate.wg.weight.zero_()
-        layer.deepspeed_moe.gate.wg.weight[2] = 1.0
+    prefer_expert_two(layer)
     y, _ = layer(torch.ones(1, T, D, dtype=torch.float64))
     y.sum().backward()
     _, w1_grad, _ = stacked_gradients(layer)
