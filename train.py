@@ -38,7 +38,8 @@ from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
 from model.gpt import GPT
-from model.optim import build_optimizer, lr_factor, set_lr
+from model.optim import assign, assignment_table, build_optimizer, set_lr
+from model.schedule import lr_factor
 from model.splits import Data, open_data
 from model.stats import StepStats
 
@@ -250,8 +251,15 @@ class Trainer:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
         ep_size = self.topology.ep_size
         model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, self.run.train.seed)
-        optimizer = build_optimizer(model, self.run.deepspeed["optimizer"]["params"], fused=on_gpu())
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.run.deepspeed)
+        # The optimizer comes built, and without its section: given "Muon", deepspeed 0.19.8 would choose the matrices.
+        config = {key: value for key, value in self.run.deepspeed.items() if key != "optimizer"}
+        section, router_optimizer = self.run.deepspeed["optimizer"], self.run.train.router_optimizer
+        optimizer = build_optimizer(model, section, router_optimizer, fused=on_gpu())
+        assignments = assign(model, section, router_optimizer)
+        self.log.say(assignment_table(assignments, ep_size))
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        flagged = {name for name, parameter in model.named_parameters() if getattr(parameter, "use_muon", False)}
+        assert flagged == {row.name for row in assignments if row.optimizer == "muon"}
         assert self.engine.gradient_accumulation_steps() == self.topology.accumulation_steps
         if self.resume_from is not None:
             load_checkpoint(self.engine, self.checkpoints, self.resume_from)
@@ -259,7 +267,7 @@ class Trainer:
     def train_step(self) -> StepStats:
         """One optimizer step: all its micro-steps, on this rank's share of the next train_batch_size sequences."""
         stats = StepStats()
-        set_lr(self.engine.optimizer, self.lr)
+        set_lr(self.engine.optimizer, self.lr_factor)
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
@@ -278,27 +286,34 @@ class Trainer:
         return tuple((part.pin_memory() if on_gpu() else part).to(device, non_blocking=True) for part in batch)
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next update."""
-        train, base = self.run.train, self.run.deepspeed["optimizer"]["params"]["lr"]
-        return base * lr_factor(
+    def lr_factor(self) -> float:
+        """Factor on the peak learning rates for the next update."""
+        train = self.run.train
+        return lr_factor(
             self.step,
             num_steps=self.run.num_steps,
             schedule=train.schedule,
             warmup_steps=train.warmup_steps,
             decay_frac=train.decay_frac,
+            decay_shape=train.decay_shape,
+            final_lr_frac=train.final_lr_frac,
         )
 
     def train_metrics(self, stats: StepStats) -> dict[str, float]:
         """Metrics of the step just done; speed over the steps since the last call. All ranks call this."""
         metrics = stats.reduce(self.run.model.moe_layers)
+        lr = {group["use_muon"]: group["lr"] for group in self.engine.optimizer.param_groups}
+        metrics |= {"train/lr": lr[True], "train/adam_lr": lr[False]} if len(lr) == 2 else {"train/lr": lr[False]}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
         self.refuse_not_finite(metrics)
+        if (
+            True in lr
+        ):  # the norm that deepspeed 0.19.8 has is then that of Muon's updates: finite or not is all it says
+            metrics.pop("train/grad_norm", None)
         self.peak_memory_mib = max_over_ranks(peak_memory_mib(), self.engine.device)
         metrics |= {
-            "train/lr": self.engine.optimizer.param_groups[0]["lr"],
             "train/tokens": float(self.step * self.run.tokens_per_step),
             "train/peak_mem_mib": self.peak_memory_mib,
             "time/total_s": time.monotonic() - self.began,

@@ -50,9 +50,12 @@ class TrainConfig(Section):
     target_tokens: int | None = Field(default=None, ge=1)
     tokens_per_active_param: float | None = Field(default=None, gt=0)
     stop_at_step: int | None = Field(default=None, ge=1)
-    schedule: Literal["constant", "wsd", "cosine"] = "wsd"  # wsd: warm up, stay, decay linearly to zero
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_frac: float = Field(default=0.2, gt=0, le=1)
+    schedule: Literal["constant", "wsd", "cosine", "linear"] = "wsd"  # wsd: warm up, stay at the peak, decay
+    warmup_steps: int = Field(default=0, ge=0)  # linear, from 1/warmup_steps of the peak
+    decay_frac: float = Field(default=0.2, gt=0, le=1)  # of all steps: the last ones, over which wsd decays
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"  # of wsd's decay
+    final_lr_frac: float = Field(default=0.0, ge=0, le=1)  # of the peak: where the decay would end
+    router_optimizer: Literal["muon", "adamw"] | None = None  # of the gates, with Muon; default there: muon
     eval_every: int | None = Field(default=None, ge=1)  # besides step 0 and the last
     save_every: int | None = Field(default=None, ge=1)  # besides the last
     keep_last: int = Field(default=2, ge=1)
@@ -73,7 +76,10 @@ class TrainConfig(Section):
     def without_effect(self) -> dict[str, str]:
         unused = {}
         if self.schedule != "wsd":
-            unused["decay_frac"] = f"with schedule={self.schedule!r}. Remove it, or use schedule='wsd'."
+            way_out = f"with schedule={self.schedule!r}. Remove it, or use schedule='wsd'."
+            unused["decay_frac"] = unused["decay_shape"] = way_out
+        if self.schedule == "constant":
+            unused["final_lr_frac"] = "with schedule='constant'. Remove it, or use a schedule that decays."
         if self.sample_tokens == 0:
             unused["sample_every"] = unused["sample_prompt"] = "with sample_tokens=0. Remove it, or ask for tokens."
         return unused
@@ -187,7 +193,7 @@ def resolve(tree: dict[str, Any]) -> Run:
             "run is missing: a moelab run file needs a `run` section beside DeepSpeed's keys. See ds_configs/."
         )
     check_deepspeed_keys(tree, our_keys=("base", "run"))
-    section = parse_section(RunSection, run_tree, "run")
+    section = parse_section(RunSection, with_router_optimizer(run_tree, tree), "run")
     refuse_deepspeed_settings(tree, section)
     resolved = {**tree, "run": section.model_dump(mode="json")}
     return Run(
@@ -201,6 +207,15 @@ def resolve(tree: dict[str, Any]) -> Run:
         num_steps=horizon(section, tree["train_batch_size"]),
         config_hash=hash_of(resolved),
     )
+
+
+def with_router_optimizer(run_tree: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`run` with the default of router_optimizer filled in where there is a gate that Muon could update."""
+    train, model = run_tree.get("train"), run_tree.get("model")
+    uses_muon = tree.get("optimizer", {}).get("type") == "Muon"
+    if uses_muon and isinstance(train, dict) and isinstance(model, dict) and model.get("moe") is not None:
+        return {**run_tree, "train": {"router_optimizer": "muon", **train}}
+    return run_tree
 
 
 def horizon(section: RunSection, train_batch_size: int) -> int:
@@ -419,7 +434,7 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             f"scheduler.type={json.dumps(tree['scheduler'].get('type'))} has no place here: run.train.schedule sets "
             "the learning rate. Remove the scheduler section."
         )
-    refuse_optimizer(tree)
+    refuse_optimizer(tree, run)
     bf16 = tree.get("bf16", {}).get("enabled", False)
     if not isinstance(bf16, bool):
         raise ConfigError(f"bf16.enabled={json.dumps(bf16)}: should be true or false.")
@@ -450,24 +465,74 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             )
 
 
-OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
+OPTIMIZER_PARAMS = {
+    "AdamW": ("lr", "betas", "eps", "weight_decay"),
+    "Muon": ("lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay"),
+}
 
 
-def refuse_optimizer(tree: dict[str, Any]) -> None:
+def refuse_optimizer(tree: dict[str, Any], run: RunSection) -> None:
+    """Refuse optimizer settings that are unknown, out of range, or would be silently wrong."""
     optimizer = stated(tree, "optimizer", 'State one, such as {"type": "AdamW", "params": {"lr": 3e-4}}.')
-    if stated(optimizer, "type", "Use 'AdamW'.", parent="optimizer.") != "AdamW":
-        raise ConfigError(f"optimizer.type={json.dumps(optimizer['type'])} is not supported. Use 'AdamW'.")
+    kind = stated(optimizer, "type", "Use 'AdamW' or 'Muon'.", parent="optimizer.")
+    if kind not in OPTIMIZER_PARAMS:
+        raise ConfigError(f"optimizer.type={json.dumps(kind)} is not supported. Use 'AdamW' or 'Muon'.")
     params = optimizer.get("params", {})
     for name in params:
-        if name not in OPTIMIZER_PARAMS:
-            refuse_unknown(f"optimizer.params.{name}", list(OPTIMIZER_PARAMS))
-    stated(params, "lr", "State the peak learning rate.", parent="optimizer.params.")
-    for name in ("lr", "eps", "weight_decay"):
+        if name not in OPTIMIZER_PARAMS[kind]:
+            refuse_unknown(f"optimizer.params.{name}", list(OPTIMIZER_PARAMS[kind]))
+    for name in ("lr", "muon_lr", "adam_lr", "eps", "weight_decay"):
         if name in params and (not is_number(params[name]) or params[name] < 0):
             raise ConfigError(f"optimizer.params.{name}={json.dumps(params[name])}: should be a number of at least 0.")
     betas = params.get("betas", [0.9, 0.999])
     if not (isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)):
         raise ConfigError(f"optimizer.params.betas={json.dumps(betas)}: should be two numbers in [0, 1).")
+    if kind == "Muon":
+        refuse_muon(tree, params, run)
+        return
+    stated(params, "lr", "State the peak learning rate.", parent="optimizer.params.")
+    if run.train.router_optimizer is not None:
+        raise ConfigError(
+            f"run.train.router_optimizer={run.train.router_optimizer!r} has no effect with optimizer.type='AdamW'. "
+            "Remove it, or use optimizer.type='Muon'."
+        )
+
+
+def refuse_muon(tree: dict[str, Any], params: dict[str, Any], run: RunSection) -> None:
+    both = "muon_lr" in params and "adam_lr" in params
+    if "lr" in params and both:
+        raise ConfigError(
+            f"optimizer.params.lr={params['lr']} has no effect beside muon_lr and adam_lr. Remove it, or one of them."
+        )
+    if not both:
+        stated(params, "lr", "State it, or both muon_lr and adam_lr.", parent="optimizer.params.")
+    momentum, method = params.get("momentum", 0.95), params.get("ns_method", "gram")
+    if not is_number(momentum) or not 0 <= momentum < 1:
+        raise ConfigError(f"optimizer.params.momentum={json.dumps(momentum)}: should be a number in [0, 1).")
+    if method not in ("gram", "standard"):
+        raise ConfigError(f"optimizer.params.ns_method={json.dumps(method)}: should be 'gram' or 'standard'.")
+    if tree["gradient_clipping"] != 0:
+        raise ConfigError(
+            f"gradient_clipping={tree['gradient_clipping']} with optimizer.type='Muon': deepspeed 0.19.8 would scale "
+            "the updates that Muon has already orthogonalised, not the gradients. Use gradient_clipping=0."
+        )
+    zero = tree.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2):
+        raise ConfigError(
+            f"zero_optimization.stage={zero.get('stage', 0)} with optimizer.type='Muon' is not supported. Use 1 or 2."
+        )
+    if tree.get("data_types", {}).get("grad_accum_dtype") not in (None, "bf16", "bfloat16") and (
+        zero["stage"] == 1 and tree.get("bf16", {}).get("enabled")
+    ):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype={json.dumps(tree['data_types']['grad_accum_dtype'])} with "
+            "optimizer.type='Muon' and bf16 under ZeRO-1 is refused by deepspeed 0.19.8. Remove it, or use "
+            "zero_optimization.stage=2."
+        )
+    if run.train.router_optimizer is not None and run.model.moe is None:
+        raise ConfigError(
+            f"run.train.router_optimizer={run.train.router_optimizer!r} has no effect in a dense model. Remove it."
+        )
 
 
 def stated(section: dict[str, Any], name: str, way_out: str, parent: str = "") -> Any:

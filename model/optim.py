@@ -1,13 +1,36 @@
-"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+"""Which parameter is updated by which optimizer, at what learning rate and decay: AdamW for all, or Muon with AdamW.
+
+    matrices and experts    muon    (each expert is a matrix of its own, and is orthogonalised on its own)
+    the router's gate       run.train.router_optimizer
+    embeddings, value embeddings, lm_head, norms    adamw
+
+Muon is DeepSpeed's (Jordan et al., kellerjordan.github.io/posts/muon), AdamW is torch's. Decay is for what multiplies:
+not for embeddings, and not for norms.
+"""
 
 from __future__ import annotations
 
-import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from torch import nn
+
+BETAS, EPS, WEIGHT_DECAY, MOMENTUM = (0.9, 0.999), 1e-8, 0.01, 0.95  # where the file states none
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How one parameter is updated."""
+
+    name: str
+    shape: tuple[int, ...]
+    optimizer: str  # "muon" or "adamw"
+    lr: float  # at the peak of the schedule
+    weight_decay: float
+    is_expert: bool
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -15,46 +38,114 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embedding" not in name
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Named groups with and without decay, experts split off as DeepSpeed's ZeRO and gradient reduction want them."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"name": "decay", "weight_decay": weight_decay, "params": [p for name, p in named if decays(name, p)]},
-        {"name": "no_decay", "weight_decay": 0.0, "params": [p for name, p in named if not decays(name, p)]},
-    ]
-    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+def optimizer_of(name: str, parameter: nn.Parameter, section: dict[str, Any], router_optimizer: str | None) -> str:
+    """ "muon" or "adamw". `section` is the `optimizer` section of the run file."""
+    if section["type"] == "AdamW" or parameter.ndim < 2 or "embedding" in name or name == "lm_head.weight":
+        return "adamw"
+    if name.endswith(".gate.wg.weight"):
+        assert router_optimizer in ("muon", "adamw"), router_optimizer
+        return router_optimizer
+    return "muon"
 
 
-def build_optimizer(model: nn.Module, params: dict[str, Any], fused: bool = False) -> torch.optim.AdamW:
-    """torch's AdamW from the `optimizer.params` of a DeepSpeed file; fused on CUDA, nothing compiled at start-up."""
-    groups = parameter_groups(model, params.get("weight_decay", 0.01))
-    return torch.optim.AdamW(
-        groups,
-        lr=params["lr"],
-        betas=tuple(params.get("betas", (0.9, 0.999))),
-        eps=params.get("eps", 1e-8),
-        fused=True if fused else None,
-    )
+def assign(model: nn.Module, section: dict[str, Any], router_optimizer: str | None = None) -> list[Assignment]:
+    """The assignment of every parameter that is trained, in the model's order."""
+    params = section["params"]
+    peak = {
+        "muon": params.get("muon_lr", params.get("lr")),
+        "adamw": params.get("adam_lr", params.get("lr")),
+    }
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer = optimizer_of(name, parameter, section, router_optimizer)
+            decay = params.get("weight_decay", WEIGHT_DECAY) if decays(name, parameter) else 0.0
+            shape = tuple(parameter.shape)
+            rows.append(Assignment(name, shape, optimizer, peak[optimizer], decay, is_moe_param(parameter)))
+    return rows
 
 
-def lr_factor(step: int, *, num_steps: int, schedule: str, warmup_steps: int, decay_frac: float) -> float:
-    """Factor on the base learning rate for the update of `step` (from 0): a linear warm-up times the schedule.
+def parameter_groups(model: nn.Module, assignments: list[Assignment]) -> list[dict[str, Any]]:
+    """Groups by optimizer and decay, experts split off as DeepSpeed's ZeRO and gradient reduction want them.
 
-    wsd stays at 1 and falls linearly over the last decay_frac of the run; cosine falls over all steps after the
-    warm-up. Both would reach 0 at step num_steps, so the last update still moves.
+    `initial_lr` is what set_lr scales, under the name that torch's schedulers use.
     """
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    if schedule == "wsd":
-        decay_steps = max(1, math.ceil(decay_frac * num_steps))
-        return warmup * min(1.0, (num_steps - step) / decay_steps)
-    if schedule == "cosine":
-        progress = max(0, step - warmup_steps) / max(1, num_steps - warmup_steps)
-        return warmup * 0.5 * (1 + math.cos(math.pi * progress))
-    assert schedule == "constant", schedule
-    return warmup
+    parameters = dict(model.named_parameters())
+    groups: dict[str, dict[str, Any]] = {}
+    for row in assignments:
+        name = f"{row.optimizer}_{'decay' if row.weight_decay else 'no_decay'}"
+        settings = {
+            "name": name,
+            "lr": row.lr,
+            "initial_lr": row.lr,
+            "weight_decay": row.weight_decay,
+            "use_muon": row.optimizer == "muon",
+        }
+        groups.setdefault(name, {**settings, "params": []})["params"].append(parameters[row.name])
+    split = split_params_into_different_moe_groups_for_optimizer(list(groups.values()))
+    return [group for group in split if group["params"]]
 
 
-def set_lr(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every group of an optimizer, DeepSpeed's wrappers included."""
+def build_optimizer(
+    model: nn.Module, section: dict[str, Any], router_optimizer: str | None = None, fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that the `optimizer` section of a DeepSpeed file names, for `deepspeed.initialize`.
+
+    Args:
+        router_optimizer: "muon" or "adamw" under Muon, None under AdamW.
+        fused: torch's fused AdamW, for parameters on a GPU.
+
+    ZeRO-1/2 run Muon on whole matrices while they fill their partition of the gradients; they know the matrices by the
+    attribute `use_muon`, which is set here.
+    """
+    assignments = assign(model, section, router_optimizer)
+    groups = parameter_groups(model, assignments)
+    params = section["params"]
+    adamw = {
+        "betas": tuple(params.get("betas", BETAS)),
+        "eps": params.get("eps", EPS),
+        "fused": True if fused else None,
+    }
+    if section["type"] == "AdamW":
+        return torch.optim.AdamW(groups, **adamw)
+
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # loads torch's compiler: seconds
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+        if group["use_muon"]:
+            group["momentum"] = params.get("momentum", MOMENTUM)
+            group["ns_method"] = params.get("ns_method", "gram")
+        else:
+            group |= adamw
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=adamw)
+
+
+def set_lr(optimizer: Any, factor: float) -> None:
+    """Scale the peak learning rate of every group of an optimizer, DeepSpeed's wrappers included."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = factor * group["initial_lr"]
+
+
+# --- telling --------------------------------------------------------------------------------------------------------
+
+NUMBER_IN_NAME = re.compile(r"\.\d+\.")
+
+
+def assignment_table(assignments: list[Assignment], ep_size: int) -> str:
+    """For people: one line for all parameters that differ only in the number of their block or expert.
+
+    Counts are over all expert-parallel ranks.
+    """
+    counts: dict[tuple[Any, ...], int] = {}
+    for row in assignments:
+        name = NUMBER_IN_NAME.sub(".*.", row.name)
+        key = (name, row.shape, row.optimizer, row.lr, row.weight_decay)
+        counts[key] = counts.get(key, 0) + (ep_size if row.is_expert else 1)
+    cells = [("parameter", "count", "shape", "optimizer", "lr", "decay")]
+    for (name, shape, optimizer, lr, decay), count in counts.items():
+        cells.append((name, str(count), " x ".join(map(str, shape)), optimizer, f"{lr:g}", f"{decay:g}"))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(lines)

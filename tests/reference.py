@@ -52,3 +52,47 @@ def mlp(x_D: Tensor, w1_FD: Tensor, w2_DF: Tensor, activation: str) -> Tensor:
         gate, up = h.chunk(2)
         return w2_DF @ (F.silu(gate) * up)
     return w2_DF @ F.relu(h) ** 2
+
+
+def muon_step(
+    weight: Tensor, grad: Tensor, momentum: Tensor, *, lr: float, weight_decay: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(weight, momentum) after one step of Muon on one matrix (kellerjordan.github.io/posts/muon).
+
+    Nesterov momentum as a running mean, five Newton-Schulz steps towards the nearest semi-orthogonal matrix, and a
+    scale for tall matrices.
+    """
+    momentum = beta * momentum + (1 - beta) * grad
+    update = orthogonalized(beta * momentum + (1 - beta) * grad)
+    rows, columns = weight.shape
+    update = math.sqrt(max(1, rows / columns)) * update
+    return (1 - lr * weight_decay) * weight - lr * update, momentum
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.t() if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.t()
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.t() if tall else x
+
+
+def adamw_step(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: int,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(weight, moments) after step `step` (from 1) of AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+    first = betas[0] * moments[0] + (1 - betas[0]) * grad
+    second = betas[1] * moments[1] + (1 - betas[1]) * grad**2
+    update = first / (1 - betas[0] ** step) / ((second / (1 - betas[1] ** step)).sqrt() + eps)
+    return (1 - lr * weight_decay) * weight - lr * update, (first, second)

@@ -51,7 +51,7 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
     wake_up(model, rank % ep_size, num_local)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, {"lr": LR, "weight_decay": 0.1}),
+        optimizer=build_optimizer(model, {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}}),
         config={
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,
@@ -85,7 +85,7 @@ def train_in_one_process(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
     model = GPT(config, seed=3)
     wake_up(model, 0, config.moe.num_experts)
-    optimizer = build_optimizer(model, {"lr": LR, "weight_decay": 0.1})
+    optimizer = build_optimizer(model, {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}})
     losses, norms = [], []
     for step in range(STEPS):
         tokens = batch(step)

@@ -63,20 +63,35 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ten_steps_equal_five_and_five_resumed_bit_for_bit(ranks: int, tmp_path: Path) -> None:
-    bf16 = ("--set", "bf16.enabled=true")
-    whole = train(ranks, tmp_path / "whole", *bf16)
+MUON = (
+    "gradient_clipping=0",
+    'optimizer={"type": "Muon", "params": {"lr": null, "muon_lr": 0.02, "adam_lr": 0.003, "weight_decay": 0.1}}',
+    "run.train.router_optimizer=adamw",
+)
+
+
+@pytest.mark.parametrize(("ranks", "optimizer"), [(1, ()), (2, MUON)], ids=["one rank, AdamW", "two ranks, Muon"])
+def test_ten_steps_equal_five_and_five_resumed_bit_for_bit(
+    ranks: int, optimizer: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Stopped in the middle of the decay of the learning rate."""
+    settings = ("--set", "bf16.enabled=true", "run.train.decay_frac=0.8", "run.train.decay_shape=1-sqrt", *optimizer)
+    whole = train(ranks, tmp_path / "whole", *settings)
     assert whole.returncode == 0, whole.stderr
-    first = train(ranks, tmp_path / "halves", *bf16, "run.train.stop_at_step=5")
+    first = train(ranks, tmp_path / "halves", *settings, "run.train.stop_at_step=5")
     assert first.returncode in ((3,) if ranks == 1 else (1,)), first.stderr  # torchrun has its own code
     assert summary(tmp_path / "halves")["status"] == "stopped"
     assert [line["step"] for line in metrics(tmp_path / "halves")] == [0, 1, 2, 3, 4, 5]
-    second = train(ranks, tmp_path / "halves", *bf16)
+    second = train(ranks, tmp_path / "halves", *settings)
     assert second.returncode == 0, second.stderr
 
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(11))
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert ("muon" in log.split("step 0/10")[0]) == bool(optimizer), "the table of parameters stands before step 0"
+    for line in metrics(tmp_path / "whole")[1:]:
+        assert ("train/grad_norm" in line) != bool(optimizer), "under Muon DeepSpeed has no norm of the gradients"
+        assert ("train/adam_lr" in line) == bool(optimizer)
     assert summary(tmp_path / "halves")["val/loss"] == summary(tmp_path / "whole")["val/loss"]
     assert summary(tmp_path / "whole")["status"] == "completed"
     whole_weights, halves_weights = weights(tmp_path / "whole", 10), weights(tmp_path / "halves", 10)

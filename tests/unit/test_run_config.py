@@ -61,6 +61,11 @@ def launch(**patch: Any) -> dict[str, Any]:
     return {"run": {"launch": patch}}
 
 
+def muon(params: dict[str, Any] | None = None, **patch: Any) -> dict[str, Any]:
+    section = {"type": "Muon", "params": {"betas": None, **(params or {})}}
+    return {"gradient_clipping": 0, "optimizer": section, **patch}
+
+
 # --- base, patch, --set ----------------------------------------------------------------------------------------------
 
 
@@ -206,6 +211,15 @@ def test_moe_d12_runs_the_steps_that_its_active_parameters_ask_for() -> None:
     run = load_run(REPO_ROOT / "ds_configs" / "moe_d12.json")
     assert run.train.tokens_per_active_param == 8.25
     assert (run.tokens_per_step, run.num_steps) == (524_288, 1733)
+
+
+def test_muon_updates_the_gates_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    resolved = load(tmp_path, muon()).resolved["run"]["train"]
+    assert resolved["router_optimizer"] == "muon"
+    assert load(tmp_path, muon(), "run.train.router_optimizer=adamw").train.router_optimizer == "adamw"
+    dense = muon(run={"model": {"moe": None, "ffn_hidden_size": 64}})
+    assert load(tmp_path, dense).train.router_optimizer is None
+    assert load(tmp_path, {}).train.router_optimizer is None
 
 
 def test_defaults_are_filled_into_the_resolved_file(tmp_path: Path) -> None:
@@ -360,8 +374,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"optimizer": None},
         'optimizer is missing. State one, such as {"type": "AdamW", "params": {"lr": 3e-4}}.',
     ),
-    ({"optimizer": {"type": None}}, "optimizer.type is missing. Use 'AdamW'."),
+    ({"optimizer": {"type": None}}, "optimizer.type is missing. Use 'AdamW' or 'Muon'."),
     ({"optimizer": {"params": {"lr": None}}}, "optimizer.params.lr is missing. State the peak learning rate."),
+    (
+        muon({"lr": None, "adam_lr": 1e-3}),
+        "optimizer.params.lr is missing. State it, or both muon_lr and adam_lr.",
+    ),
     # of the wrong type or size
     (
         {"train_batch_size": "8"},
@@ -391,6 +409,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"run": {"wandb": {"tags": ["a", 1]}}}, "run.wandb.tags.1=1: should be a valid string."),
     (launch(ep_size="big"), "run.launch.ep_size=\"big\": should be a valid integer or 'auto' or 'max'."),
     (launch(ep_size=0), "run.launch.ep_size=0 is below 1. Use a number of at least 1, or 'auto'."),
+    (muon({"momentum": 1}), "optimizer.params.momentum=1: should be a number in [0, 1)."),
+    (muon({"muon_lr": -1}), "optimizer.params.muon_lr=-1: should be a number of at least 0."),
+    (muon({"ns_method": "svd"}), "optimizer.params.ns_method=\"svd\": should be 'gram' or 'standard'."),
+    (train(schedule="step"), "run.train.schedule=\"step\": should be 'constant', 'wsd', 'cosine' or 'linear'."),
+    (train(decay_shape="sqrt"), "run.train.decay_shape=\"sqrt\": should be 'linear', 'cosine' or '1-sqrt'."),
+    (
+        train(router_optimizer="sgd"),
+        "run.train.router_optimizer=\"sgd\": should be 'muon' or 'adamw'.",
+    ),
+    (
+        muon({"momentun": 0.9}),
+        "optimizer.params.momentun is not a known key. Did you mean optimizer.params.momentum?",
+    ),
+    (
+        {"optimizer": {"params": {"momentum": 0.9}}},
+        "optimizer.params.momentum is not a known key. Known here: betas, eps, lr, weight_decay.",
+    ),
     # contradictions
     (
         {"train_batch_size": 9},
@@ -442,7 +477,42 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         launch(num_nodes=2, hostfile="hosts"),
         "run.launch.num_gpus='auto' looks at this machine only, and num_nodes=2. State the number of GPUs per node.",
     ),
+    (
+        muon(gradient_clipping=1.0),
+        "gradient_clipping=1.0 with optimizer.type='Muon': deepspeed 0.19.8 would scale the updates that Muon has "
+        "already orthogonalised, not the gradients. Use gradient_clipping=0.",
+    ),
+    (
+        muon(zero_optimization={"stage": 0}, run={"model": {"moe": None, "ffn_hidden_size": 64}}),
+        "zero_optimization.stage=0 with optimizer.type='Muon' is not supported. Use 1 or 2.",
+    ),
+    (
+        muon(bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}),
+        "data_types.grad_accum_dtype=\"fp32\" with optimizer.type='Muon' and bf16 under ZeRO-1 is refused by deepspeed "
+        "0.19.8. Remove it, or use zero_optimization.stage=2.",
+    ),
     # without effect
+    (
+        muon({"muon_lr": 0.02, "adam_lr": 1e-3}),
+        "optimizer.params.lr=0.003 has no effect beside muon_lr and adam_lr. Remove it, or one of them.",
+    ),
+    (
+        muon(run={"train": {"router_optimizer": "adamw"}, "model": {"moe": None, "ffn_hidden_size": 64}}),
+        "run.train.router_optimizer='adamw' has no effect in a dense model. Remove it.",
+    ),
+    (
+        train(router_optimizer="muon"),
+        "run.train.router_optimizer='muon' has no effect with optimizer.type='AdamW'. Remove it, or use "
+        "optimizer.type='Muon'.",
+    ),
+    (
+        train(schedule="linear", decay_shape="cosine"),
+        "run.train.decay_shape=cosine has no effect with schedule='linear'. Remove it, or use schedule='wsd'.",
+    ),
+    (
+        train(schedule="constant", final_lr_frac=0.1),
+        "run.train.final_lr_frac=0.1 has no effect with schedule='constant'. Remove it, or use a schedule that decays.",
+    ),
     (
         model(ffn_hidden_size=64),
         "run.model.ffn_hidden_size=64 has no effect: every block has experts (moe.layer_freq=1). "
@@ -486,7 +556,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         'scheduler.type="WarmupLR" has no place here: run.train.schedule sets the learning rate. '
         "Remove the scheduler section.",
     ),
-    ({"optimizer": {"type": "Adam"}}, "optimizer.type=\"Adam\" is not supported. Use 'AdamW'."),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.type=\"Adam\" is not supported. Use 'AdamW' or 'Muon'."),
     ({"fp16": {"enabled": True}}, "fp16.enabled=true is not supported. Use bf16, or neither for fp32."),
     (
         {"expert_parallel": {"enabled": True}},
