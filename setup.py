@@ -24,5 +24,5 @@ setup(
         "tqdm",
         "wandb",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout"], "check": ["codespell", "mypy", "pre-commit", "ruff"]},
+    extras_require={"test": ["mypy", "pytest", "pytest-timeout"], "check": ["codespell", "mypy", "pre-commit", "ruff"]},
 )
