@@ -1,9 +1,9 @@
 """Every key of the `run` section is read by code that acts on it; a key that is only declared or checked fails here.
 
 mypy knows the type of every expression in the product, so `config.seed` is known to be TrainConfig.seed whatever the
-variable is called, and code that this machine cannot run counts too. A read counts where it happens outside the sections,
-or in a method or property of a section that is itself used outside. What happens in a section's validators, in
-without_effect() and in refuse_...() does not count: to check a key is not to use it.
+variable is called, and code that this machine cannot run counts too. A read counts where it happens outside the
+sections, or in a method or property of a section that is itself used outside. What happens in a section's validators,
+in without_effect() and in refuse_...() does not count: to check a key is not to use it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def product() -> dict[str, Path]:
 def test_every_key_is_read_by_code_that_acts_on_it() -> None:
     keys = list(keys_of(RunSection))
     found = acted_on(product(), {key.rpartition(".")[0] for key in keys})
-    assert [key for key in keys if key not in found] == [], "use these keys, or remove them from the schema"
+    unread = [key for key in keys if key not in found]
+    assert not unread, f"use these keys, or remove them from the schema: {', '.join(unread)}"
 
 
 SCHEMA = """
