@@ -133,7 +133,8 @@ REMOVED_KEYS = (
     "zero_optimization.mics_hierarchical_params_gather zero_optimization.zeropp_loco_param"
 ).split()
 
-# Old names that DeepSpeed still reads. Two names for one setting: the rest of moelab looks at one.
+# Old names that DeepSpeed still reads. Two names for one setting: the rest of moelab looks at one. An old name that is
+# switched off says nothing, and stands in many files; beside the new name deepspeed 0.19.8 fails, whatever it says.
 RENAMED_KEYS = {
     "bfloat16": "bf16",
     "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
@@ -144,7 +145,8 @@ RENAMED_KEYS = {
     ),
 }
 
-# Keys that DeepSpeed reads and that would do nothing here, or something that the rest of moelab does not know of.
+# Keys that DeepSpeed reads and that would do nothing here, or something that the rest of moelab does not know of. A
+# section of these that is switched off may stay.
 UNSUPPORTED_KEYS = {
     "activation_checkpointing": "the blocks keep their activations, so it would have no effect",
     "compile": "engine.compile is not called, so it would have no effect",
@@ -182,9 +184,9 @@ def check_section(section: dict[str, Any], known: Keys, parent: str) -> None:
             raise ConfigError(f"{key} is refused by deepspeed 0.19.8: its feature was removed. Remove it.")
         if name not in known:
             refuse_unknown(key, list(known))
-        if key in RENAMED_KEYS:
+        if key in RENAMED_KEYS and not (is_switched_off(value) and new_names(key).isdisjoint(section)):
             raise ConfigError(f"{key} is an old name. Use {RENAMED_KEYS[key]}.")
-        if key in UNSUPPORTED_KEYS:
+        if key in UNSUPPORTED_KEYS and not (isinstance(value, dict) and is_switched_off(value)):
             raise ConfigError(f"{key} is not supported: {UNSUPPORTED_KEYS[key]}. Remove it.")
         inner = known[name]
         if inner is None and isinstance(value, dict):
@@ -193,6 +195,19 @@ def check_section(section: dict[str, Any], known: Keys, parent: str) -> None:
             raise ConfigError(f"{key}={json.dumps(value)}: should be an object. Remove it, or write {{...}}.")
         if inner:
             check_section(value, inner, key)
+
+
+def new_names(key: str) -> set[str]:
+    """What may stand for an old key in its own section; a ZeRO-3 setting also has a name without its prefix."""
+    name = RENAMED_KEYS[key].rpartition(".")[2]
+    return {name, name.removeprefix("stage3_")}
+
+
+def is_switched_off(value: object) -> bool:
+    """Whether a setting asks for nothing: false, null, or a section that is not enabled or holds nothing else."""
+    if isinstance(value, dict):
+        return value.get("enabled") is False or (bool(value) and all(map(is_switched_off, value.values())))
+    return value is False or value is None
 
 
 def refuse_unknown(key: str, known: list[str]) -> NoReturn:

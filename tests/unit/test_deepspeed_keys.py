@@ -258,6 +258,64 @@ def test_a_wrong_key_is_refused_in_one_line(patch: dict[str, Any], error: str) -
     assert str(refusal.value) == error
 
 
+@pytest.mark.parametrize(
+    ("off", "on"),
+    [
+        ({"bfloat16": {"enabled": False}}, {"bfloat16": {"enabled": True}}),
+        ({"zero_optimization": {"cpu_offload": False}}, {"zero_optimization": {"cpu_offload": True}}),
+        ({"autotuning": {"enabled": False, "fast": True}}, {"autotuning": {"fast": True}}),
+        ({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}, {"torch_autocast": {"enabled": True}}),
+        (
+            {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
+            {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": 4}},
+        ),
+    ],
+    ids=lambda value: ".".join(value),
+)
+def test_what_is_switched_off_may_stay_and_is_refused_once_it_is_on(off: dict[str, Any], on: dict[str, Any]) -> None:
+    check_deepspeed_keys({**VALID, **off}, our_keys=())
+    ds_config.DeepSpeedConfig({**VALID, **off})
+    with pytest.raises(ConfigError, match=r"is an old name|is not supported"):
+        check_deepspeed_keys({**VALID, **on}, our_keys=())
+
+
+@pytest.mark.parametrize(
+    ("section", "new"),
+    [
+        ({"cpu_offload": False, "offload_optimizer": {"device": "none"}}, "offload_optimizer"),
+        ({"cpu_offload_param": False, "offload_param": {"device": "none"}}, "offload_param"),
+        *(
+            ({"stage3_gather_fp16_weights_on_model_save": False, name: False}, name)
+            for name in ("stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save")
+        ),
+    ],
+)
+def test_an_old_name_beside_the_new_one_is_refused_since_deepspeed_fails(section: dict[str, Any], new: str) -> None:
+    tree = {**VALID, "zero_optimization": section}
+    with pytest.raises(AssertionError, match="Cannot provide deprecated parameter"):
+        ds_config.DeepSpeedConfig(tree)
+    with pytest.raises(ConfigError, match=r"is an old name\. Use zero_optimization"):
+        check_deepspeed_keys(tree, our_keys=())
+    check_deepspeed_keys({**VALID, "zero_optimization": {new: section[new]}}, our_keys=())
+
+
+@pytest.mark.parametrize(
+    ("patch", "error"),
+    [
+        ({"torch_autocast": {"enabled": False, "dtpye": "bfloat16"}}, "torch_autocast.dtpye is not a known key"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation is not supported"),
+        ({"pipeline": {}}, "pipeline is not supported"),
+        ({"amp": {"enabled": False}}, "amp is refused by deepspeed 0.19.8"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, dict) else "",
+)
+def test_switched_off_does_not_excuse_what_is_misspelt_or_on_by_default_or_refused_by_deepspeed(
+    patch: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{error}"):
+        check_deepspeed_keys({**VALID, **patch}, our_keys=())
+
+
 def test_the_inside_of_a_section_that_is_not_tabulated_is_free() -> None:
     assert KNOWN_KEYS["datastates_ckpt"] is ANY_SECTION
     check_deepspeed_keys({**VALID, "datastates_ckpt": {"anything": {"at": "all"}}}, our_keys=())
