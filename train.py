@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 from launch.begin import Start
 from launch.environment import describe_environment
+from launch.gpu_monitor import GpuMonitor, describe_gpu, gpus_of_this_machine
 from launch.run_config import REPO_ROOT, Run
 from launch.run_dir import EXIT_CODES, EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, Status, checkpoint_name
 from launch.run_log import RunLog, tail_figures
@@ -69,15 +71,18 @@ def main(start: Start) -> int:
 
     log, trainer = None, None
     try:
+        environment = environment_of(start, data)
         log = RunLog(
             run_dir,
             run,
             resumed_step=state.step,
             total_steps=run.num_steps,
             enabled=start.rank == 0,
-            environment=environment_of(start, data),
+            environment=environment,
         )
-        trainer = Trainer(start, log, data, state, stop)
+        gpus = gpus_of_this_machine(environment["ranks"]) if start.rank == 0 else []  # the others record nothing
+        gpu_monitor = GpuMonitor(gpus, log.say)
+        trainer = Trainer(start, log, data, state, stop, gpu_monitor)
         status, reason = trainer.run_to_end()
         log.finish(status, reason, trainer.figures())
         return EXIT_CODES.get(status, EXIT_FAILED)
@@ -87,6 +92,9 @@ def main(start: Start) -> int:
         if log is not None:
             log.finish(status, reason, trainer.figures(timed=False) if trainer is not None else {})
         return EXIT_FAILED
+    finally:
+        if trainer is not None:
+            trainer.gpu_monitor.close()
 
 
 def status_of(error: BaseException) -> tuple[Status, str]:
@@ -181,15 +189,47 @@ def state_to_begin_with(start: Start, data: Data) -> TrainingState:
 
 
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
-    """What this attempt ran on, for env.json."""
+    """What this attempt ran on, for env.json. All ranks call this: each tells its machine and its GPU."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else ["cpu"]
+    ranks: list[Any] = [None] * start.topology.ranks
+    dist.all_gather_object(ranks, {"hostname": socket.gethostname()} | ({"gpu": own_gpu()} if on_gpu() else {}))
     return {
         **describe_environment(start.run, sys.argv, devices),
+        "torch": torch_settings(),
         "world_size": start.topology.ranks,
         "ep_size": start.topology.ep_size,
         "accumulation_steps": start.topology.accumulation_steps,
-        "data": {"train": data.train.fingerprint, "val": data.val.fingerprint if data.val else None},
+        "ranks": ranks,
+        "data": {
+            "train": data.train.fingerprint,
+            "val": data.val.fingerprint if data.val else None,
+            "tokenizer": data.train.tokenizer_hash,
+        },
     }
+
+
+def own_gpu() -> dict[str, Any]:
+    """This rank's GPU: name, UUID, and what NVML knows of it."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"name": properties.name, "uuid": str(properties.uuid), **describe_gpu(str(properties.uuid))}
+
+
+def torch_settings() -> dict[str, Any]:
+    """Of torch's build and settings those that move numbers or speed. What this build lacks is absent."""
+    nccl = on_gpu() and dist.is_nccl_available()
+    settings = {
+        "git_version": torch.version.git_version,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
+        "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -198,8 +238,17 @@ def environment_of(start: Start, data: Data) -> dict[str, Any]:
 class Trainer:
     """One attempt at a run: model, engine, data, and the loop over optimizer steps."""
 
-    def __init__(self, start: Start, log: RunLog, data: Data, state: TrainingState, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        start: Start,
+        log: RunLog,
+        data: Data,
+        state: TrainingState,
+        stop: StopRequest,
+        gpu_monitor: GpuMonitor,
+    ) -> None:
         self.run, self.topology, self.log, self.data, self.stop = start.run, start.topology, log, data, stop
+        self.gpu_monitor = gpu_monitor
         self.checkpoints = start.args.run_dir / "checkpoints"
         self.resume_from = checkpoint_name(state.step) if start.beginning.action == "resume" else None
         self.state, self.step, self.samples = state, state.step, state.samples
@@ -217,6 +266,7 @@ class Trainer:
         self.build_engine()
         self.describe()
         self.timer = StepTimer(self.engine.device)
+        self.gpu_monitor.start()
         if self.step == 0:
             self.record(self.validate())
 
@@ -318,7 +368,7 @@ class Trainer:
             "train/peak_mem_mib": self.peak_memory_mib,
             "time/total_s": time.monotonic() - self.began,
         }
-        return metrics | self.speed(self.timer.since_last_call())
+        return metrics | self.speed(self.timer.since_last_call()) | self.gpu_monitor.since_last_call()
 
     def refuse_not_finite(self, metrics: dict[str, float]) -> None:
         """Raise NotFinite on every rank alike. A gradient that is not finite is skipped in bf16 and applied in fp32."""
@@ -424,6 +474,7 @@ class Trainer:
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),
             "peak_mem_mib": self.peak_memory_mib or None,
+            **self.gpu_monitor.figures(),
             "val/unigram_bpb": val.get("unigram_bits_per_byte"),
             "val/uniform_bpb": val.get("uniform_bits_per_byte"),
             "data": self.run.data.train,

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -15,21 +16,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launch.run_config import REPO_ROOT, Run
 
-PACKAGES = ("torch", "deepspeed", "torchao", "triton", "transformers", "tokenizers", "numpy", "wandb")
-VARIABLES = (
-    "CUDA_", "NCCL_", "DS_", "OMP_", "MKL_", "TORCH", "PYTORCH", "TRITON_", "SLURM_", "RANK", "LOCAL_RANK",
-    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_", "WANDB_MODE", "WANDB_BASE_URL",
+PACKAGES = (
+    "torch", "deepspeed", "torchao", "triton", "transformers", "tokenizers", "numpy", "pydantic", "wandb",
+    "nvidia-ml-py",
 )  # fmt: skip
-SECRETS = ("KEY", "TOKEN", "SECRET", "PASSW", "CREDENTIAL", "JWT")
+VARIABLES = (
+    "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "DS_", "DEEPSPEED_", "OMP_", "GOMP_", "KMP_",
+    "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_", "TORCH", "PYTORCH", "PYTHON", "TRITON_", "TOKENIZERS_", "HF_",
+    "TRANSFORMERS_", "LD_PRELOAD", "LD_LIBRARY_PATH", "SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE", "MASTER_", "WANDB_MODE", "WANDB_BASE_URL",
+)  # fmt: skip
+SECRET = re.compile("KEY|TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|JWT|AUTH|COOKIE")  # in the name of a variable
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")  # and in the value: https://user:password@host
 
 
 def describe_environment(run: Run, argv: list[str], devices: list[str], **facts: Any) -> dict[str, Any]:
     """The content of env.json for one attempt. What cannot be known (no git, a package not installed) is absent.
 
     argv is the program's command line, devices the names of this run's accelerators; `facts` (world_size, ep_size, data
-    hashes ...) are added as they are.
+    hashes, what torch and NVML say ...) are added as they are.
     """
     return {
         "config_hash": run.config_hash,
@@ -43,6 +52,8 @@ def describe_environment(run: Run, argv: list[str], devices: list[str], **facts:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
+        "cpu_count_usable": len(os.sched_getaffinity(0)),
+        "memory_total_mib": psutil.virtual_memory().total / 2**20,
         "hostname": socket.gethostname(),
         "variables": telling_variables(dict(os.environ)),
     }
@@ -119,9 +130,9 @@ def cpu_model() -> str:
 
 
 def telling_variables(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that change how a run behaves, sorted; never one whose name smells of a secret."""
+    """The variables that change how a run behaves, sorted; never one whose name smells of a secret, nor a login."""
     return {
-        name: value
+        name: USER_IN_URL.sub("", value)
         for name, value in sorted(environment.items())
-        if name.startswith(VARIABLES) and not any(word in name.upper() for word in SECRETS)
+        if name.startswith(VARIABLES) and not SECRET.search(name.upper())
     }

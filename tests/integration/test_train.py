@@ -203,6 +203,10 @@ def test_the_run_folder_says_what_ran(tmp_path: Path) -> None:
     assert config["run"]["model"]["rope_theta"] == 10000.0, "defaults are filled in"
     assert env["config_hash"] == summary(run_dir)["config_hash"]
     assert env["data"]["train"].startswith("synthetic-")
+    assert env["data"]["tokenizer"] is None, "synthetic data has no tokenizer"
+    assert env["torch"]["git_version"] == torch.version.git_version
+    assert env["torch"]["threads"] == 1
+    assert [rank.keys() for rank in env["ranks"]] == [{"hostname"}], "one rank, and no GPU"
     done = summary(run_dir)
     assert done["tail_steps"] == 5, "the first three steps are warm-up and stay out of throughput"
     assert done["tail50_tok_per_sec"] > 0

@@ -50,6 +50,8 @@ def test_the_environment_is_json_and_holds_what_it_was_given(monkeypatch: pytest
     assert (env["devices"], env["world_size"]) == (["NVIDIA H200"], 8)
     assert env["variables"]["NCCL_DEBUG"] == "INFO"
     assert {"started", "python", "platform", "cpu", "cpu_count", "hostname", "packages"} <= env.keys()
+    assert env["cpu_count_usable"] == len(os.sched_getaffinity(0))
+    assert env["memory_total_mib"] > 0
 
 
 def test_package_versions_are_read_without_importing_and_absent_where_not_installed(
@@ -59,12 +61,43 @@ def test_package_versions_are_read_without_importing_and_absent_where_not_instal
     assert package_versions() == {"pytest": pytest.__version__}
 
 
-def test_variables_are_chosen_by_name_and_never_a_secret() -> None:
+def test_variables_are_chosen_by_name() -> None:
     variables = {
-        "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "HOME": "/root",
-        "WANDB_API_KEY": "secret", "DS_TOKEN": "secret", "SLURM_JWT": "secret",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "INFO", "NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "x", "SLURM_JOB_ID": "7", "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_NCCL_BLOCKING_WAIT": "1", "TRITON_CACHE_DIR": "/tmp", "WORLD_SIZE": "2",
     }  # fmt: skip
-    assert telling_variables(variables) == {"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    assert telling_variables({**variables, "HOME": "/root", "LS_COLORS": "x"}) == variables
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY", "DS_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SLURM_JWT", "NCCL_SECRET",
+        "MASTER_PASSWORD", "TORCH_AUTH", "PYTHON_COOKIE", "TOKENIZERS_TOKEN",
+    ],
+)  # fmt: skip
+def test_a_variable_whose_name_smells_of_a_secret_is_never_recorded(name: str) -> None:
+    assert telling_variables({name: "hunter2"}) == {}
+
+
+def test_a_login_inside_a_url_is_not_recorded() -> None:
+    variables = {
+        "WANDB_BASE_URL": "https://me:hunter2@wandb.example.org/x",
+        "HF_ENDPOINT": "https://hub.example.org/@x",
+    }
+    assert telling_variables(variables) == {
+        "HF_ENDPOINT": "https://hub.example.org/@x",
+        "WANDB_BASE_URL": "https://wandb.example.org/x",
+    }
+
+
+def test_no_secret_of_this_process_reaches_env_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "SLURM_JWT"):
+        monkeypatch.setenv(name, "hunter2")
+    run = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json")
+    assert "hunter2" not in json.dumps(describe_environment(run, ["train.py"], ["cpu"]))
 
 
 def test_a_clean_checkout_has_a_commit_and_no_dirty_hash(checkout: Path) -> None:

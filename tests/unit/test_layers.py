@@ -45,6 +45,7 @@ DOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepspeed.moe", ("model/moe.py", "model/router.py")),
     ("deepspeed", ("train.py", "model/checkpoint.py", "model/moe.py", "model/router.py", "model/optim.py")),
     ("torchao", ("model/fp8.py",)),
+    ("pynvml", ("launch/gpu_monitor.py",)),
     ("wandb", ("launch/run_log.py", "tools/compare_runs.py")),
     ("transformers", ("tools/hf.py",)),
 )
@@ -143,6 +144,7 @@ def test_an_init_file_is_empty(path: Path) -> None:
         ("launch/x.py", "def f():\n    import torch.distributed as dist", "torch.distributed"),
         ("launch/x.py", "import train", "train"),
         ("launch/x.py", "import wandb", "wandb"),
+        ("launch/x.py", "import pynvml", "pynvml"),
         ("model/x.py", "from launch.run_config import Run", "launch.run_config.Run"),
         ("model/x.py", "import os\nprint(os.environ['RANK'])", "os.environ"),
         ("model/x.py", "from os import getenv", "os.getenv"),
