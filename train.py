@@ -111,7 +111,7 @@ def status_of(error: BaseException) -> tuple[Status, str]:
 def prepare_builtin_data(run: Run, local_rank: int) -> None:
     """Make the built-in dataset on first use, on local rank 0; the other ranks wait for it at the rendezvous."""
     folder = builtin_dir(run.model.vocab_size)
-    if local_rank != 0 or "builtin" not in (run.data.train, run.data.val) or (folder / "manifest.json").exists():
+    if local_rank != 0 or "builtin" not in run.data.prefixes or (folder / "manifest.json").exists():
         return
     command = [sys.executable, "-m", "tools.prepare_data", "--builtin", "--vocab_size", str(run.model.vocab_size)]
     stderr = None if sys.stderr.isatty() else subprocess.PIPE  # a person sees the progress bar
@@ -158,6 +158,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
         )
         state = state_to_begin_with(start, data)
         facts["training data"] = data.train.fingerprint
+        facts["validation data"] = data.fingerprints()["val"]
     except (DataError, CheckpointError) as error:
         refusal = error
 
@@ -200,11 +201,7 @@ def environment_of(start: Start, data: Data) -> dict[str, Any]:
         "ep_size": start.topology.ep_size,
         "accumulation_steps": start.topology.accumulation_steps,
         "ranks": ranks,
-        "data": {
-            "train": data.train.fingerprint,
-            "val": data.val.fingerprint if data.val else None,
-            "tokenizer": data.train.tokenizer_hash,
-        },
+        "data": data.fingerprints(),
     }
 
 
@@ -321,11 +318,11 @@ class Trainer:
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
-            loss, micro_stats = self.engine(*self.on_device(self.data.batches.micro_batch(self.samples)))
+            loss, micro_stats = self.engine(*self.on_device(self.data.train.batches.micro_batch(self.samples)))
             self.engine.backward(loss)
             self.engine.step()
             stats.add(micro_stats)
-            self.samples += self.data.batches.samples_per_micro_step
+            self.samples += self.data.train.batches.samples_per_micro_step
         self.timer.stop()
         self.step += 1
         return stats
@@ -393,31 +390,30 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss over the whole val split, in nats per token and in bits per byte of its text. All ranks call this."""
-        if self.data.val_batches is None or self.data.val is None:
+        """Loss over every whole val split, in nats per token and in bits per byte of its text. All ranks call this."""
+        if self.data.val is None:
             return {}
         self.engine.eval()
-        nats_and_targets = torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        for batch in self.data.val_batches:
-            _, stats = self.engine.module(*self.on_device(batch))
-            targets = stats.num_targets.double()
-            nats_and_targets += torch.stack([stats.cross_entropy.double() * targets, targets])
-        dist.all_reduce(nats_and_targets)
-        nats, targets = nats_and_targets.tolist()
-        metrics = {"val/loss": nats / targets}
-        if "bytes" in self.data.val.figures:
-            metrics["val/bpb"] = nats / math.log(2) / self.data.val.figures["bytes"]
+        sums = torch.zeros(len(self.data.val.batches), 2, dtype=torch.float64, device=self.engine.device)
+        for nats_and_targets, batches in zip(sums, self.data.val.batches, strict=True):
+            for batch in batches:
+                _, stats = self.engine.module(*self.on_device(batch))
+                targets = stats.num_targets.double()
+                nats_and_targets += torch.stack([stats.cross_entropy.double() * targets, targets])
+        dist.all_reduce(sums)
+        nats, targets = sums.t().tolist()
+        metrics = self.data.val.metrics(nats, targets)
         self.refuse_not_finite(metrics)
         return metrics
 
     def sample(self) -> None:
         """Let the model continue the prompt. All ranks call this: their experts are needed."""
         train = self.run.train
-        if self.data.train.tokenizer is None or train.sample_tokens == 0:
+        tokenizer = self.data.train.text_split.tokenizer
+        if tokenizer is None or train.sample_tokens == 0:
             return
         self.engine.eval()
-        tokenizer = self.data.train.tokenizer
-        prompt = [self.data.train.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
+        prompt = [self.data.train.text_split.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
         tokens = self.engine.module.generate(prompt, train.sample_tokens, train.seed)
         self.log.say(f"sample after step {self.step}: {train.sample_prompt + tokenizer.decode(tokens)!r}")
 
@@ -445,16 +441,19 @@ class Trainer:
 
     def describe(self) -> None:
         """Say once what is about to run."""
-        run, counts, batches = self.run, self.counts, self.data.batches
-        epochs = run.num_steps * run.train_batch_size / batches.samples_per_epoch
+        run, counts, train = self.run, self.counts, self.data.train
         self.log.say(self.topology.picture())
         self.log.say(
             f"parameters: {counts.total:,} total, {counts.active:,} active, {counts.inactive:,} inactive; "
             f"{self.flops_per_token:,} FLOPs per token ({counts.active_matmul:,} active matmul parameters)"
         )
+        epochs = train.epochs(run.num_steps * run.train_batch_size)
+        for split, share, repeats in zip(train.splits, train.shares, epochs, strict=True):
+            part = f"{100 * float(share):.1f}% of the samples, " if len(train.splits) > 1 else ""
+            self.log.say(f"data: {split.name}, {part}{split.source.num_tokens:,} tokens, repeated {repeats:.2f} times")
         self.log.say(
-            f"data: {run.data.train}, {self.data.train.source.num_tokens:,} tokens, repeated {epochs:.2f} times over "
-            f"{run.num_steps:,} steps of {run.tokens_per_step:,} tokens, {self.topology.accumulation_steps} micro-steps"
+            f"steps: {run.num_steps:,} of {run.tokens_per_step:,} tokens, "
+            f"{self.topology.accumulation_steps} micro-steps each"
         )
         peak = "unknown, so no MFU" if self.peak_flops is None else f"{self.peak_flops / 1e12:.0f} TFLOP/s"
         self.log.say(f"device: {self.device_name}, BF16 peak {peak}")
@@ -464,7 +463,8 @@ class Trainer:
     def figures(self, timed: bool = True) -> dict[str, Any]:
         """What summary.json keeps besides status and times; None is left out. Not timed after a fault of the device."""
         seconds = self.timer.measured() if timed else []
-        val = self.data.val.figures if self.data.val is not None else {}
+        splits = self.data.val.splits if self.data.val is not None else []
+        val = splits[0].figures if len(splits) == 1 else {}
         return {
             "step": self.step,
             "num_steps": self.run.num_steps,

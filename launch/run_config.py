@@ -18,29 +18,13 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from launch.data_config import DataConfig
 from launch.deepspeed_keys import check_deepspeed_keys, refuse_unknown
 from model.config import ConfigError, ModelConfig, Section
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPO_ROOT / "ds_configs" / "moe_d12.json"
-
-
-class DataConfig(Section):
-    """`run.data`: a prefix of a .bin/.idx pair, "builtin" (State of the Union speeches) or "synthetic"."""
-
-    train: str = Field(default="builtin", min_length=1)
-    val: str | None = Field(default=None, min_length=1)  # default: as train for builtin and synthetic, else none
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_val(cls, section: Any) -> Any:
-        if isinstance(section, dict) and "val" not in section and section.get("train", "builtin") in BUILT_IN_DATA:
-            return {**section, "val": section.get("train", "builtin")}
-        return section
-
-
-BUILT_IN_DATA = ("builtin", "synthetic")
 
 
 class TrainConfig(Section):

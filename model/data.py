@@ -59,6 +59,14 @@ class TokenSource(Protocol):
     def tokens(self, start: int, length: int) -> np.ndarray: ...
 
 
+class Samples(Protocol):
+    """An endless order of samples to train on, in which every sample has a number."""
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [len(numbers), seq_len + 1]: the tokens of these samples."""
+        ...
+
+
 class TokenFile:
     """One split of a dataset, read through a memory map as one stream of `num_tokens` tokens.
 
@@ -267,6 +275,11 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def hash64(seed: int, number: int) -> int:
+    """A number in 0 .. 2^64 - 1 that depends on every bit of both."""
+    return int(mix64(mix64(np.array([seed & _MASK64], dtype=np.uint64)) ^ np.uint64(number & _MASK64))[0])
+
+
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
     """Where `index` lands in a shuffle of 0 .. size - 1 that belongs to (seed, epoch): a bijection without a table.
 
@@ -313,18 +326,14 @@ class SyntheticTokens:
         return ((first + place) % np.uint64(self.vocab_size)).astype(np.int64)
 
 
-class TrainBatches:
-    """Micro-batches for one rank. The order of samples depends on seed and data, never on the number of ranks.
+class ShuffledSamples:
+    """The samples of one source, epoch after epoch, each epoch in an order of its own.
 
     An epoch has N = (num_tokens - 1) // seq_len samples. Sample i is window w = permute(i mod N) of epoch i // N: the
     seq_len + 1 tokens from w * seq_len on, of which the first seq_len are read and the last seq_len predicted.
-    Nothing here changes by reading: a run's place in its data is one integer, the samples that all ranks consumed.
     """
 
-    def __init__(
-        self, source: TokenSource, *, seq_len: int, seed: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> None:
-        assert 0 <= rank < world_size, (rank, world_size)
+    def __init__(self, source: TokenSource, *, seq_len: int, seed: int) -> None:
         if source.num_tokens < seq_len + 1:
             raise DataError(
                 f"{_name(source)} has {source.num_tokens} tokens, one sample of seq_len={seq_len} needs {seq_len + 1}. "
@@ -333,17 +342,32 @@ class TrainBatches:
         self.source = source
         self.seq_len = seq_len
         self.seed = seed
+        self.samples_per_epoch = (source.num_tokens - 1) // seq_len
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [len(numbers), seq_len + 1]: the tokens of these samples."""
+        epoch, index = np.divmod(numbers, self.samples_per_epoch)
+        windows = permute(index, self.samples_per_epoch, self.seed, epoch)
+        return np.stack([self.source.tokens(int(w) * self.seq_len, self.seq_len + 1) for w in windows])
+
+
+class TrainBatches:
+    """Micro-batches for one rank. The order of samples depends on seed and data, never on the number of ranks.
+
+    Nothing here changes by reading: a run's place in its data is one integer, the samples that all ranks consumed.
+    """
+
+    def __init__(self, samples: Samples, *, micro_batch_size: int, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.samples = samples
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.samples_per_micro_step = micro_batch_size * world_size
-        self.samples_per_epoch = (source.num_tokens - 1) // seq_len
 
     def micro_batch(self, first_sample: int) -> tuple[Tensor, Tensor]:
         """(x_BS, y_BS), int64, of this rank in the micro-step over all ranks whose first sample is `first_sample`."""
         first = first_sample + self.rank * self.micro_batch_size
-        epoch, index = np.divmod(np.arange(first, first + self.micro_batch_size), self.samples_per_epoch)
-        windows = permute(index, self.samples_per_epoch, self.seed, epoch)
-        rows = np.stack([self.source.tokens(int(w) * self.seq_len, self.seq_len + 1) for w in windows])
+        rows = self.samples.read(np.arange(first, first + self.micro_batch_size))
         return _as_tensors(rows[:, :-1], rows[:, 1:])
 
 

@@ -14,6 +14,7 @@ from model.config import DataError
 from model.data import (
     EOD_TOKEN,
     IGNORED_TARGET,
+    ShuffledSamples,
     SyntheticTokens,
     TokenFile,
     TokenFileWriter,
@@ -53,14 +54,8 @@ class Counting:
 
 
 def train_batches(num_tokens=101, seq_len=4, seed=7, micro_batch_size=2, rank=0, world_size=1) -> TrainBatches:
-    return TrainBatches(
-        Counting(num_tokens),
-        seq_len=seq_len,
-        seed=seed,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
+    samples = ShuffledSamples(Counting(num_tokens), seq_len=seq_len, seed=seed)
+    return TrainBatches(samples, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
@@ -295,7 +290,7 @@ def test_the_order_of_samples_never_changes():
 def test_a_sample_is_one_window_and_its_targets_are_one_token_on():
     batches = train_batches()
     order = shuffle(25, seed=7, epoch=0) + shuffle(25, seed=7, epoch=1)
-    assert batches.samples_per_epoch == 25
+    assert batches.samples.samples_per_epoch == 25
     for first in (0, 10, 24):  # 24 spans two epochs
         x_BS, y_BS = batches.micro_batch(first)
         windows = order[first : first + 2]
@@ -309,7 +304,7 @@ def test_a_sample_is_one_window_and_its_targets_are_one_token_on():
 @pytest.mark.parametrize(("num_tokens", "num_windows"), [(99, 24), (100, 24), (101, 25), (102, 25)])
 def test_an_epoch_predicts_every_token_of_its_windows_once(num_tokens, num_windows):
     batches = train_batches(num_tokens, micro_batch_size=1)
-    assert batches.samples_per_epoch == num_windows
+    assert batches.samples.samples_per_epoch == num_windows
     for epoch in range(2):
         samples = range(epoch * num_windows, (epoch + 1) * num_windows)
         predicted = sorted(token for sample in samples for token in batches.micro_batch(sample)[1].flatten().tolist())
@@ -335,11 +330,10 @@ def test_a_micro_batch_depends_on_nothing_but_its_first_sample():
 
 def test_a_source_shorter_than_one_sample_is_refused(tmp_path):
     source = TokenFile(write(tmp_path / "train"))
-    settings = {"seed": 0, "micro_batch_size": 1, "rank": 0, "world_size": 1}
-    assert TrainBatches(source, seq_len=11, **settings).samples_per_epoch == 1
+    assert ShuffledSamples(source, seq_len=11, seed=0).samples_per_epoch == 1
     words = r"train has 12 tokens, one sample of seq_len=12 needs 13\. Use a seq_len of at most 11"
     with pytest.raises(DataError, match=words):
-        TrainBatches(source, seq_len=12, **settings)
+        ShuffledSamples(source, seq_len=12, seed=0)
 
 
 def test_synthetic_tokens_are_a_pure_function_of_seed_and_position():

@@ -66,6 +66,10 @@ def muon(params: dict[str, Any] | None = None, **patch: Any) -> dict[str, Any]:
     return {"gradient_clipping": 0, "optimizer": section, **patch}
 
 
+def data(**patch: Any) -> dict[str, Any]:
+    return {"run": {"data": patch}}
+
+
 # --- base, patch, --set ----------------------------------------------------------------------------------------------
 
 
@@ -236,10 +240,14 @@ def test_defaults_are_filled_into_the_resolved_file(tmp_path: Path) -> None:
         ({"run": {"data": None}}, "builtin"),
         ({"run": {"data": {"train": "data/mine"}}}, None),
         ({"run": {"data": {"train": "data/mine", "val": "data/held_out"}}}, "data/held_out"),
+        (data(train=[[1, "builtin"]]), None),
+        (data(val="none"), None),
+        (data(train="builtin", val={"a": "data/a", "b-2": "builtin"}), {"a": "data/a", "b-2": "builtin"}),
+        (data(train="builtin", val=[[1, "data/a"], [0.5, "data/b"]]), ((1.0, "data/a"), (0.5, "data/b"))),
     ],
 )
 def test_validation_data_is_that_of_a_built_in_dataset_and_else_must_be_named(
-    tmp_path: Path, patch: dict[str, Any], val: str | None
+    tmp_path: Path, patch: dict[str, Any], val: Any
 ) -> None:
     assert load(tmp_path, patch).data.val == val
 
@@ -254,6 +262,8 @@ def test_validation_data_is_that_of_a_built_in_dataset_and_else_must_be_named(
         train(sample_tokens=0),
         train(num_steps=None, target_tokens=10_000),
         model(moe=None, ffn_hidden_size=64),
+        data(train=[[0.7, "data/a"], [0.3, "builtin"]], val={"a": "data/a", "b": "builtin"}),
+        data(train="data/a", val=[[2, "data/a"], [1, "data/b"]]),
     ],
     ids=str,
 )
@@ -262,7 +272,7 @@ def test_a_resolved_file_is_itself_a_run_file_of_the_same_run(tmp_path: Path, pa
     again = load_run(write(tmp_path / "config.json", run.resolved))
     assert again.resolved == run.resolved
     assert again.config_hash == run.config_hash
-    assert (again.model, again.train) == (run.model, run.train)
+    assert (again.model, again.data, again.train) == (run.model, run.data, run.train)
 
 
 def test_validation_can_be_turned_off_and_stays_off_in_the_resolved_file(tmp_path: Path) -> None:
@@ -271,6 +281,15 @@ def test_validation_can_be_turned_off_and_stays_off_in_the_resolved_file(tmp_pat
     run = load_run(write(tmp_path / "run.json", tree))
     assert run.data.val is None
     assert load_run(write(tmp_path / "config.json", run.resolved)).data.val is None
+    assert load(tmp_path, {}, "run.data.val=none").resolved == run.resolved, "at the prompt, where null means default"
+    assert load(tmp_path, {}, "run.data.val=null").data.val == "synthetic"
+
+
+def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
+    run = load(tmp_path, {}, 'run.data.train=[[1, "data/a"], [0.5, "builtin"]]', "run.data.val.web=data/web")
+    assert run.data.train == ((1.0, "data/a"), (0.5, "builtin"))
+    assert run.data.val == {"web": "data/web"}
+    assert run.data.prefixes == ["data/a", "builtin", "data/web"]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +318,9 @@ def test_the_hash_ignores_where_a_run_happens_and_when_it_pauses(tmp_path: Path,
         model(rope_theta=5000.0),
         moe(capacity_factor=1.25),
         {"run": {"data": {"train": "builtin"}}},
+        data(train=[[1, "synthetics"]]),
+        data(val="none"),
+        data(val={"a": "synthetics"}),
         train(num_steps=11),
         train(seed=1),
         train(warmup_steps=2),
@@ -405,7 +427,52 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (moe(capacity_factor=-1.0), "run.model.moe.capacity_factor=-1.0: should be greater than or equal to 0."),
     (train(num_steps=0), "run.train.num_steps=0: should be greater than or equal to 1."),
     (train(decay_frac=1.5), "run.train.decay_frac=1.5: should be less than or equal to 1."),
-    ({"run": {"data": {"train": ""}}}, 'run.data.train="": should be a string that is not empty.'),
+    (data(train=""), 'run.data.train="": should be a string that is not empty.'),
+    (
+        data(train=7),
+        "run.data.train=7: should be a prefix, 'builtin', 'synthetic' or a list such as "
+        '[[0.7, "data/a/train"], [0.3, "builtin"]].',
+    ),
+    (
+        data(val=True),
+        "run.data.val=true: should be a prefix, 'builtin', 'synthetic', 'none', an object such as "
+        '{"a": "data/a/val"} or a list such as [[0.7, "data/a/train"], [0.3, "builtin"]].',
+    ),
+    (data(train=[]), 'run.data.train=[]: should be a list such as [[0.7, "data/a/train"], [0.3, "builtin"]].'),
+    (data(train=["data/a"]), 'run.data.train.0="data/a": should be [weight, prefix].'),
+    (data(train=[[1, "a"], [1, "b", "c"]]), 'run.data.train.1=[1, "b", "c"]: should be [weight, prefix].'),
+    (data(train=[[0, "a"]]), "run.data.train.0.0=0: should be a weight, a finite number above 0."),
+    (data(val=[[-1, "a"]]), "run.data.val.0.0=-1: should be a weight, a finite number above 0."),
+    (data(train=[["1", "a"]]), 'run.data.train.0.0="1": should be a weight, a finite number above 0.'),
+    (data(train=[[True, "a"]]), "run.data.train.0.0=true: should be a weight, a finite number above 0."),
+    (
+        data(train=[[10**309, "a"]]),
+        f"run.data.train.0.0={10**309}: should be a weight, a finite number above 0.",
+    ),
+    (data(train=[[1, ""]]), 'run.data.train.0.1="": should be a string that is not empty.'),
+    (
+        data(train=[[1, "a"], [1, "synthetic"]]),
+        "run.data.train.1.1='synthetic' has no place beside other data: its tokens are made up. Use it alone, "
+        "or remove it.",
+    ),
+    (
+        data(train=[[1, "./a"], [2, "b"], [1, "a"]]),
+        "run.data.train: './a' stands in it twice. Give it one entry with the sum of its weights.",
+    ),
+    (data(val={"a": "x", "b": "x"}), "run.data.val: 'x' stands in it twice. Name it once."),
+    (data(val={"a": 3}), "run.data.val.a=3: should be a string that is not empty."),
+    (
+        data(val={"a/b": "x"}),
+        'run.data.val.a/b="x": the name becomes the metric val/a/b/loss. Use letters, digits, _ and -, and neither '
+        "'loss' nor 'bpb'.",
+    ),
+    (
+        data(val={"bpb": "x"}),
+        'run.data.val.bpb="x": the name becomes the metric val/bpb/loss. Use letters, digits, _ and -, and neither '
+        "'loss' nor 'bpb'.",
+    ),
+    (data(val={}), "run.data.val={} names nothing to validate with. Name a prefix, or use run.data.val='none'."),
+    (data(vall="x"), "run.data.vall is not a known key. Did you mean run.data.val?"),
     ({"run": {"wandb": {"tags": ["a", 1]}}}, "run.wandb.tags.1=1: should be a valid string."),
     (launch(ep_size="big"), "run.launch.ep_size=\"big\": should be a valid integer or 'auto' or 'max'."),
     (launch(ep_size=0), "run.launch.ep_size=0 is below 1. Use a number of at least 1, or 'auto'."),
