@@ -25,5 +25,8 @@ setup(
         "tqdm",
         "wandb",
     ],
-    extras_require={"test": ["mypy", "pytest", "pytest-timeout"], "check": ["codespell", "mypy", "pre-commit", "ruff"]},
+    extras_require={
+        "test": ["megatron-core==0.16.1", "mypy", "pytest", "pytest-timeout"],
+        "check": ["codespell", "mypy", "pre-commit", "ruff"],
+    },
 )

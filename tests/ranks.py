@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 SECONDS_PER_CALL = 240  # a hang is a failure; no test is near this
@@ -77,3 +79,24 @@ def serve(rank: int, world_size: int, port: int, threads: int, pipe: Connection)
             pipe.send((True, function(*arguments)))
         except Exception:  # the test that asked reports it
             pipe.send((False, traceback.format_exc()))
+
+
+def train_on_this_rank(config: Path, run_dir: Path, assignments: list[str]) -> int:
+    """On every rank of a pool: what `train.py --config config --run_dir run_dir --set assignments` does; its exit code.
+
+    One run after another in the same processes, without the seconds that starting them takes.
+    """
+    import torch.distributed as dist
+
+    import train
+    from launch.begin import Start
+    from launch.run_config import load_run
+    from launch.run_dir import decide_beginning
+    from launch.topology import resolve_topology
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    run = load_run(config, assignments)
+    beginning = decide_beginning(run_dir, run.config_hash, "auto")
+    args = argparse.Namespace(run_dir=run_dir, refusal_file=None)
+    dist.barrier()  # all have looked at the folder before one of them writes to it
+    return train.main(Start(args, run, resolve_topology(run, 1, world_size), beginning, rank, rank))

@@ -112,9 +112,9 @@ def test_the_fingerprint_of_a_blend_covers_weights_and_sources(tmp_path: Path) -
 def test_fingerprints_are_told_for_every_source_by_its_name(tmp_path: Path) -> None:
     a, b = foreign(tmp_path / "a", 41), foreign(tmp_path / "b", 42)
     print_a, print_b = (opened(name, None).train.fingerprint for name in (a, b))
-    assert opened(a, None).fingerprints() == {"train": print_a, "val": None}
+    assert opened(a, None).fingerprints() == {"train": print_a, "val": None, "tokenizer": None}
     several = opened([(1.0, a), (3.0, b)], {"web": b}).fingerprints()
-    assert several == {"train": {a: print_a, b: print_b}, "val": {"web": print_b}}
+    assert several == {"train": {a: print_a, b: print_b}, "val": {"web": print_b}, "tokenizer": None}
 
 
 def test_a_source_of_a_blend_that_does_not_fit_is_refused_by_its_key(tmp_path: Path) -> None:
