@@ -17,19 +17,24 @@ WEIGHTED = 'a list such as [[0.7, "data/a/train"], [0.3, "builtin"]]'
 
 
 class WeightedPrefix(NamedTuple):
-    """An entry of a weighted list. Only the shares of the list's sum count."""
+    """An entry of a weighted list. What counts is a weight's share of their sum."""
 
     weight: float
     prefix: str
 
 
-class DataConfig(Section):
-    """`run.data`: a prefix of a .bin/.idx pair, "builtin" (State of the Union speeches), "synthetic", or several."""
+TrainNames = str | tuple[WeightedPrefix, ...]
+ValNames = str | dict[str, str] | tuple[WeightedPrefix, ...] | None
 
-    train: str | tuple[WeightedPrefix, ...] = "builtin"  # [[weight, prefix], ...]: every sample from one, by weight
-    # default: as train for builtin and synthetic, else "none", which turns validation off. {name: prefix, ...}:
-    # val/NAME/loss of each, and val/loss over all their tokens; [[weight, prefix], ...]: val/loss is the weighted mean
-    val: str | dict[str, str] | tuple[WeightedPrefix, ...] | None = None
+
+class DataConfig(Section):
+    """`run.data`: a prefix of a .bin/.idx pair, "builtin" (State of the Union speeches), "synthetic", or several.
+
+    val is by default that of train where train is built in, and "none" elsewhere: no validation.
+    """
+
+    train: TrainNames = "builtin"  # [[weight, prefix], ...]: every sample from one of them, in proportion to weight
+    val: ValNames = None  # {name: prefix}: val/NAME/loss, /bpb, and all pooled; [[weight, prefix], ...]: weighted means
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +59,7 @@ class DataConfig(Section):
         return found
 
 
-def parse_train(value: object) -> str | tuple[WeightedPrefix, ...]:
+def parse_train(value: object) -> TrainNames:
     if isinstance(value, list | tuple):
         return parse_weighted("train", value)
     if isinstance(value, str):
@@ -62,7 +67,7 @@ def parse_train(value: object) -> str | tuple[WeightedPrefix, ...]:
     raise ConfigError(f"train={json.dumps(value)}: should be a prefix, 'builtin', 'synthetic' or {WEIGHTED}.")
 
 
-def parse_val(value: object) -> str | dict[str, str] | tuple[WeightedPrefix, ...] | None:
+def parse_val(value: object) -> ValNames:
     if value is None or value == "none":  # "none" for --set, where null deletes the key and the default comes back
         return None
     if isinstance(value, list | tuple):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.run_config import REPO_ROOT, load_run
+from model.data import TokenFileWriter
 from ranks import RankPool
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
@@ -48,3 +52,27 @@ def test_a_refusal_is_the_same_on_all_ranks(
     answers = two_ranks.run(refusal_on_this_rank, [first, second])
     assert answers[0] == answers[1]
     assert answers[0].startswith(expected)
+
+
+def refusal_in_a_folder_of_its_own(folders: list[Path], changes: list[str]) -> str:
+    """As above, when a relative prefix means another file on every rank."""
+    import torch.distributed as dist
+
+    before = Path.cwd()
+    os.chdir(folders[dist.get_rank()])
+    try:
+        return refusal_on_this_rank([changes, changes])
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "training data"), ("val", "validation data")])
+def test_ranks_that_see_other_tokens_are_refused(two_ranks: RankPool, tmp_path: Path, split: str, words: str) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        with TokenFileWriter(folder / "tokens", np.uint16) as writer:
+            writer.add_document(np.arange(100 + number))
+    answers = two_ranks.run(refusal_in_a_folder_of_its_own, folders, [f"run.data.{split}=tokens"])
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"ConfigError: {words}: the ranks see different ones (")
