@@ -78,7 +78,9 @@ class LaunchConfig(Section):
     num_nodes: int = Field(default=1, ge=1)
     num_gpus: int | Literal["auto"] = "auto"  # per node; auto: as many as are there and divide the batch
     ep_size: int | Literal["auto", "max"] = "auto"  # auto: the smallest that fits; max: the largest that divides
-    hostfile: str | None = Field(default=None, min_length=1)
+    hostfile: str | None = Field(default=None, min_length=1)  # "host slots=N" lines, for pdsh; without: Slurm's nodes
+    master_addr: str | None = Field(default=None, min_length=1)  # of the first node; default: what it says of itself
+    master_port: int | None = Field(default=None, ge=1024, le=65535)  # there; default: one that is free on this machine
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,17 +88,16 @@ class LaunchConfig(Section):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{name}={value} is below 1. Use a number of at least 1, or 'auto'.")
-        if self.num_nodes > 1 and self.hostfile is None:
-            raise ConfigError(
-                f"num_nodes={self.num_nodes} needs run.launch.hostfile, DeepSpeed's list of hosts and slots. "
-                "Name the file, or use num_nodes=1."
-            )
         if self.num_nodes > 1 and self.num_gpus == "auto":
             raise ConfigError(
                 f"num_gpus='auto' looks at this machine only, and num_nodes={self.num_nodes}. "
                 "State the number of GPUs per node."
             )
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        alone = "with num_nodes=1, which starts ranks on this machine. Remove it, or state the number of nodes."
+        return {"hostfile": alone, "master_addr": alone} if self.num_nodes == 1 else {}
 
 
 class WandbConfig(Section):

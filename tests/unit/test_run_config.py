@@ -229,7 +229,7 @@ def test_muon_updates_the_gates_unless_the_file_says_otherwise(tmp_path: Path) -
 def test_defaults_are_filled_into_the_resolved_file(tmp_path: Path) -> None:
     resolved = load(tmp_path, {}).resolved["run"]
     assert resolved["data"] == {"train": "synthetic", "val": "synthetic"}
-    assert resolved["launch"] == {"num_nodes": 1, "num_gpus": "auto", "ep_size": "auto", "hostfile": None}
+    assert resolved["launch"] == {"num_nodes": 1, "num_gpus": "auto", "ep_size": "auto", "master_port": None}
     assert resolved["model"]["moe"]["aux_loss_coeff"] == 0.02
     assert resolved["model"]["activation"] == "relu2"
 
@@ -536,11 +536,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "run.train.target_tokens=100 is 100 tokens, less than one step of 128. Raise it, or lower train_batch_size.",
     ),
     (
-        launch(num_nodes=2, num_gpus=8),
-        "run.launch.num_nodes=2 needs run.launch.hostfile, DeepSpeed's list of hosts and slots. "
-        "Name the file, or use num_nodes=1.",
-    ),
-    (
         launch(num_nodes=2, hostfile="hosts"),
         "run.launch.num_gpus='auto' looks at this machine only, and num_nodes=2. State the number of GPUs per node.",
     ),
@@ -579,6 +574,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         train(schedule="constant", final_lr_frac=0.1),
         "run.train.final_lr_frac=0.1 has no effect with schedule='constant'. Remove it, or use a schedule that decays.",
+    ),
+    (
+        launch(master_port=80),
+        "run.launch.master_port=80: should be greater than or equal to 1024.",
+    ),
+    # without effect
+    (
+        launch(hostfile="hosts"),
+        "run.launch.hostfile=hosts has no effect with num_nodes=1, which starts ranks on this machine. "
+        "Remove it, or state the number of nodes.",
+    ),
+    (
+        launch(num_nodes=1, master_addr="10.0.0.1"),
+        "run.launch.master_addr=10.0.0.1 has no effect with num_nodes=1, which starts ranks on this machine. "
+        "Remove it, or state the number of nodes.",
     ),
     (
         model(ffn_hidden_size=64),
