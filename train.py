@@ -60,7 +60,7 @@ def main(start: Start) -> int:
             print(f"{run_dir} is completed ({start.beginning.step} steps). Nothing to do.")
         return EXIT_COMPLETED
 
-    stop = StopRequest()
+    stop = StopRequest(start.args.stop_file if start.rank == 0 else None)
     try:
         prepare_builtin_data(run, start.local_rank)
         set_up_process(start)
@@ -147,6 +147,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
     facts: dict[str, object] = {"run file": run.config_hash, "ep_size": start.topology.ep_size}
     facts["checkpoint"] = (start.beginning.action, start.beginning.step)
     try:
+        refuse_unshared_folder(start)
         data = open_data(
             run.data.train,
             run.data.val,
@@ -159,7 +160,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
         state = state_to_begin_with(start, data)
         facts["training data"] = data.train.fingerprint
         facts["validation data"] = data.fingerprints()["val"]
-    except (DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         refusal = error
 
     told: list[Any] = [None] * start.topology.ranks
@@ -172,6 +173,15 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
         if len(found) > 1:
             raise ConfigError(f"{name}: the ranks see different ones ({', '.join(found)}). Let them share their files.")
     return data, state
+
+
+def refuse_unshared_folder(start: Start) -> None:
+    """Raise ConfigError on a node that does not see the folder beside the run folder that launch.run speaks through."""
+    if start.args.stop_file is not None and not start.args.stop_file.parent.is_dir():
+        raise ConfigError(
+            f"--run_dir {start.args.run_dir}: {socket.gethostname()} does not see the {start.args.run_dir.parent} of "
+            "launch.run. Name a folder on storage that all nodes share."
+        )
 
 
 def state_to_begin_with(start: Start, data: Data) -> TrainingState:
@@ -529,10 +539,14 @@ class StepTimer:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop: all ranks agree on a step, save and end. A second SIGINT kills."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file, where launch.run can send no signal to the ranks.
 
-    def __init__(self) -> None:
+    All ranks agree on a step, save and end. A second SIGINT kills.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self.asked = False
+        self.file = file
         self.interrupts = 0
         self.pending: torch.Tensor | None = None
         self.copied: torch.cuda.Event | None = None
@@ -547,7 +561,8 @@ class StopRequest:
 
     def agreed_by_all_ranks(self, device: torch.device | str) -> bool:
         """Whether any rank had been asked one step ago. A step late, so that the host need not wait for the device."""
-        flag = torch.full((1,), float(self.asked), device=device)
+        asked = self.asked or (self.file is not None and self.file.exists())
+        flag = torch.full((1,), float(asked), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         previous, self.pending = self.pending, flag
         if torch.device(device).type == "cuda":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from launch.command_line import parse_train_arguments
 from launch.environment import variables_of_interpreter
+from launch.nodes import rank_variables_of_slurm
 from launch.run_config import Run, load_run
 from launch.run_dir import EXIT_REFUSED, Beginning, decide_beginning, write_text
 from launch.topology import Topology, resolve_topology
@@ -32,6 +33,8 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
     """Parse, load, check; a refusal is one line on rank 0's stderr and exit code 2, with nothing created."""
     args = parse_train_arguments(argv)
     os.environ.update(variables_of_interpreter(os.environ))
+    if args.slurm_ranks:
+        os.environ.update(rank_variables_of_slurm(os.environ))
     become_single_rank_without_launcher()
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = ranks_of_this_node(world_size)
@@ -55,7 +58,7 @@ def say_refusal(error: ValueError, rank: int, args: argparse.Namespace) -> None:
     """Say why the run is refused, once, on rank 0. launch.run reads the line from the refusal file."""
     if rank == 0:
         line = f"{type(error).__name__}: {error}"
-        if args.refusal_file is not None:
+        if args.refusal_file is not None and args.refusal_file.parent.is_dir():
             write_text(args.refusal_file, line + "\n")
         print(line, file=sys.stderr, flush=True)
 

@@ -51,6 +51,9 @@ def parse_train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_run_arguments(parser)
     parser.add_argument("--refusal_file", type=Path, help=argparse.SUPPRESS)  # launch.run reads why a run was refused
+    parser.add_argument("--stop_file", type=Path, help=argparse.SUPPRESS)  # launch.run makes it to ask for a stop
+    # srun started this rank. Not guessed from the environment: a shell or script in a Slurm job has the variables too
+    parser.add_argument("--slurm_ranks", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # `deepspeed` passes it; LOCAL_RANK says the same

@@ -11,12 +11,23 @@ import shlex
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.command_line import parse_launch_arguments
 from launch.environment import variables_of_interpreter
 from launch.memory import GIB, estimate_memory
+from launch.nodes import (
+    FIRST_NODE,
+    Elsewhere,
+    environment_file,
+    find_hosts,
+    kill_over_pdsh,
+    pdsh_options,
+    quoted_for_pdsh,
+    srun_command,
+)
 from launch.run_config import REPO_ROOT, Run, load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED, Beginning, decide_beginning
 from launch.supervise import refuse_if_in_use, supervise
@@ -25,6 +36,7 @@ from model.config import ConfigError
 from model.flops import count_parameters, flops_per_token
 
 TRAIN_SCRIPT = REPO_ROOT / "train.py"
+DEFAULT_PORT = 29500  # as in deepspeed, for the line that a person may paste; launch.run takes one that is free
 QUIET = ("--log_level", "critical")  # of the launcher alone; it would call every exit code but 0 an error, a stop's too
 
 
@@ -50,31 +62,26 @@ def main(argv: list[str] | None = None, script: Path = TRAIN_SCRIPT) -> int:
             print(f"{args.run_dir}: completed at step {plan.beginning.step}. Nothing to do.")
             return EXIT_COMPLETED
         refuse_if_in_use(args.run_dir)
-        refuse_missing_devices(plan)
-        where = where_options(plan)
+        hosts = hosts_of(plan)
+        shown = shown_command(plan, args, script)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return EXIT_REFUSED
 
-    print(f"launch.run: {shown_command(plan, args, script)}", flush=True)
-    handle, refusal_file = tempfile.mkstemp(
-        prefix="moelab_refusal_"
-    )  # a file, not a folder: its parent is on every node
-    os.close(handle)
-    try:
+    print(f"launch.run: {shown}", flush=True)
+    if hosts:
+        args.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    # what is said between here and the ranks; beside the run folder, since all nodes see that place
+    beside = args.run_dir.parent if hosts else None
+    with tempfile.TemporaryDirectory(prefix=".launch_", dir=beside, ignore_cleanup_errors=True) as folder:
         return supervise(
-            [
-                *(sys.executable, "-m", "deepspeed.launcher.runner", *QUIET, *where, "--master_port", str(free_port())),
-                *(str(script), *train_arguments(args), "--refusal_file", refusal_file),
-            ],
+            command_of_ranks(plan, args, script, Path(folder)),
             run_dir=args.run_dir,
             script=script,
-            refusal_file=Path(refusal_file),
-            environment=environment_of_ranks(plan, dict(os.environ)),
-            num_nodes=plan.topology.num_nodes,
+            refusal_file=Path(folder) / "refusal",
+            environment=environment_of_ranks(plan, dict(os.environ), hosts, Path(folder)),
+            elsewhere=reach_elsewhere(plan, hosts, Path(folder)),
         )
-    finally:
-        os.unlink(refusal_file)
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -86,16 +93,20 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(run, topology, on_gpus or run.launch.num_nodes > 1, reason, beginning)
 
 
-def refuse_missing_devices(plan: Plan) -> None:
-    """Raise ConfigError if this machine lacks the GPUs, or the cores, that run.launch.num_gpus asks for.
-
-    Without any GPU a number means CPU ranks. With several nodes this may be a head node, so nothing is checked.
-    """
+def hosts_of(plan: Plan) -> list[str]:
+    """The hosts of a run on several nodes, none for one on this machine. Raises ConfigError if it cannot start here."""
+    if plan.topology.num_nodes > 1:
+        return find_hosts(plan.run.launch, plan.topology.gpus_per_node)
     if (refusal := missing_devices(plan)) is not None:
         raise ConfigError(refusal)
+    return []
 
 
 def missing_devices(plan: Plan) -> str | None:
+    """That this machine lacks the GPUs, or the cores, that run.launch.num_gpus asks for; None if it has them.
+
+    Without any GPU a number means CPU ranks. With several nodes this may be a head node, so nothing is checked.
+    """
     asked, visible, cores = plan.run.launch.num_gpus, visible_gpus(), usable_cores()
     if plan.run.launch.num_nodes > 1 or not isinstance(asked, int):
         return None
@@ -117,20 +128,14 @@ def usable_cores() -> int:
 
 
 def where_options(plan: Plan) -> list[str]:
-    """The options that tell `deepspeed` how many ranks to start, and on which devices.
-
-    With --num_gpus deepspeed 0.19.8 takes devices 0, 1, ... whatever CUDA_VISIBLE_DEVICES says, so those are named.
-    """
+    """The options that tell `deepspeed` how many ranks to start, on which devices, and where they meet."""
     launch, num_gpus = plan.run.launch, plan.topology.gpus_per_node
-    if launch.num_nodes > 1:
-        return [
-            "--hostfile",
-            str(Path(str(launch.hostfile)).absolute()),
-            "--num_nodes",
-            str(launch.num_nodes),
-            "--num_gpus",
-            str(num_gpus),
-        ]
+    options = pdsh_options(launch, num_gpus) if launch.hostfile is not None else device_options(num_gpus)
+    return [*options, "--master_port", str(launch.master_port)] if launch.master_port is not None else options
+
+
+def device_options(num_gpus: int) -> list[str]:
+    """Devices of this machine. With --num_gpus deepspeed 0.19.8 takes 0, 1, ... whatever CUDA_VISIBLE_DEVICES says."""
     devices = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
     if not visible_gpus() or not devices:
         return ["--num_gpus", str(num_gpus)]
@@ -148,9 +153,53 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
     return ["--config", str(args.config), "--run_dir", str(args.run_dir), "--resume", args.resume, *assignments]
 
 
-def environment_of_ranks(plan: Plan, environment: dict[str, str]) -> dict[str, str]:
-    """The user's environment, what this interpreter needs, and for CPU ranks what makes DeepSpeed use the CPU."""
-    return {**environment, **variables_of_interpreter(environment), **cpu_variables(plan)}
+def command_of_ranks(plan: Plan, args: argparse.Namespace, script: Path, folder: Path) -> list[str]:
+    """What starts the ranks and ends with them: `deepspeed`, or srun for the nodes of a Slurm job."""
+    arguments = [*train_arguments(args), "--refusal_file", str(folder / "refusal")]
+    if plan.topology.num_nodes > 1:
+        arguments += ["--stop_file", str(folder / "stop")]
+    if is_over_slurm(plan):
+        return [*srun_command(plan.run.launch, plan.topology.gpus_per_node, os.environ), *under_srun(script, arguments)]
+    options = [*QUIET, *where_options(plan)]
+    if plan.run.launch.master_port is None:
+        options += ["--master_port", str(free_port())]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *under_deepspeed(plan, script, arguments)]
+
+
+def is_over_slurm(plan: Plan) -> bool:
+    return plan.topology.num_nodes > 1 and plan.run.launch.hostfile is None
+
+
+def under_srun(script: Path, arguments: list[str]) -> list[str]:
+    return [sys.executable, "-u", str(script), *arguments, "--slurm_ranks"]
+
+
+def under_deepspeed(plan: Plan, script: Path, arguments: list[str]) -> list[str]:
+    command = [str(script), *arguments]
+    return [quoted_for_pdsh(part) for part in command] if plan.topology.num_nodes > 1 else command
+
+
+def reach_elsewhere(plan: Plan, hosts: list[str], folder: Path) -> Elsewhere | None:
+    """How to stop and kill ranks on other nodes; None for a run on this machine alone."""
+    if not hosts:
+        return None
+    return Elsewhere(folder / "stop", None if is_over_slurm(plan) else kill_over_pdsh(hosts, folder))
+
+
+def environment_of_ranks(plan: Plan, environment: Mapping[str, str], hosts: list[str], folder: Path) -> dict[str, str]:
+    """The user's environment, what this interpreter needs, and what ranks cannot know: CPU or not, where they meet.
+
+    srun hands all of it on. Over pdsh DeepSpeed exports what a file lists, which is written into `folder` here.
+    """
+    launch = plan.run.launch
+    variables = {**environment, **variables_of_interpreter(environment), **cpu_variables(plan)}
+    if is_over_slurm(plan):
+        port = launch.master_port or free_port()
+        variables |= {"MASTER_ADDR": launch.master_addr or hosts[0], "MASTER_PORT": str(port)}
+    elif hosts:
+        (folder / "environment").write_text(environment_file(environment), encoding="utf-8")
+        variables["DS_ENV_FILE"] = str(folder / "environment")
+    return variables
 
 
 def cpu_variables(plan: Plan) -> dict[str, str]:
@@ -170,10 +219,17 @@ def free_port() -> int:
 
 
 def shown_command(plan: Plan, args: argparse.Namespace, script: Path) -> str:
-    """The `deepspeed` line for a person to paste; it starts the same ranks, unwatched."""
+    """The `deepspeed` or srun line for a person to paste; it starts the same ranks, unwatched."""
+    launch, arguments = plan.run.launch, train_arguments(args)
+    if is_over_slurm(plan):
+        address = FIRST_NODE if launch.master_addr is None else shlex.quote(launch.master_addr)
+        meeting = f"MASTER_ADDR={address} MASTER_PORT={launch.master_port or DEFAULT_PORT}"
+        srun = srun_command(launch, plan.topology.gpus_per_node, os.environ)
+        return f"{meeting} {shlex.join([*srun, *under_srun(script, arguments)])}"
     startable = missing_devices(plan) is None  # where it is not, the line is meant for a machine with GPUs
     variables = [f"{name}={value}" for name, value in cpu_variables(plan).items() if startable]
-    return " ".join([*variables, shlex.join(["deepspeed", *where_options(plan), str(script), *train_arguments(args)])])
+    deepspeed = ["deepspeed", *where_options(plan), *under_deepspeed(plan, script, arguments)]
+    return " ".join([*variables, shlex.join(deepspeed)])
 
 
 def describe_plan(plan: Plan, args: argparse.Namespace, script: Path) -> str:
@@ -201,7 +257,9 @@ def describe_plan(plan: Plan, args: argparse.Namespace, script: Path) -> str:
         f"{memory.activations / GIB:.2f} activations)",
         f"run folder          {args.run_dir} ({beginning})",
     ]
-    if (refusal := missing_devices(plan)) is not None:
+    try:
+        hosts_of(plan)
+    except ConfigError as refusal:
         lines += ["", f"Not here: {refusal}"]
     return "\n".join(lines)
 

@@ -6,6 +6,9 @@
 What deepspeed 0.19.8 does with signals makes this necessary: SIGTERM to the runner orphans everything below it, SIGTERM
 to launch.py reaches rank 0 alone for 30 s, and the runner exits 0 when launch.py is killed. So a request to stop goes
 to the ranks themselves, and whether the run succeeded is what summary.json says.
+
+With several nodes the ranks are no processes of ours, be they on this machine or not: a request to stop is a file that
+rank 0 looks for, and one command ends the ranks on all nodes (launch/nodes.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 import psutil
 
 from launch.environment import utc_now
+from launch.nodes import Elsewhere
 from launch.run_dir import (
     EXIT_CODES,
     EXIT_FAILED,
@@ -41,8 +45,9 @@ from model.config import ConfigError
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0  # for ranks that outlive `deepspeed`: time to save a checkpoint
 LEFTOVER_SECONDS = 5.0  # for what outlives the run itself: data workers, a W&B upload
+KILL_SECONDS = 60.0  # for ending the ranks on other nodes; more than Slurm's KillWait of 30 s
 REPEAT_SECONDS = 1.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: sbatch --signal=B:USR1@120
 
 
 class OwnedProcesses:
@@ -115,7 +120,7 @@ def send(process: psutil.Process, signum: signal.Signals) -> None:
 
 
 class StopRequests:
-    """Counts SIGINT, SIGTERM and SIGHUP while it is entered: the first asks, the second kills.
+    """Counts STOP_SIGNALS while it is entered: the first asks, the second kills.
 
     Signals within a second of each other are one request: a terminal and a scheduler may both pass the same one on.
     """
@@ -147,28 +152,31 @@ def supervise(
     script: Path,
     refusal_file: Path,
     environment: dict[str, str],
-    num_nodes: int = 1,
+    elsewhere: Elsewhere | None = None,
 ) -> int:
-    """Run `command` (a `deepspeed` line that starts `script`) to its end and return the exit code of launch.run.
+    """Run `command` (a `deepspeed` or srun line that starts `script`) to its end; return the exit code of launch.run.
 
-    SIGINT, SIGTERM or SIGHUP: the first asks every rank to save and stop, the second kills all. When this returns, no
-    process that the command started on this machine is left.
+    Of STOP_SIGNALS, the first asks every rank to save and stop, the second kills all. When this returns, no process
+    that the command started on this machine is left, nor, with `elsewhere`, a rank on a node that can be reached.
     """
     started_before = started_of(run_dir)
     with StopRequests() as stop:
         deepspeed = subprocess.Popen(command, env=environment, start_new_session=True)
         owned = OwnedProcesses(deepspeed)
         try:
-            watch(deepspeed, owned, stop, script, num_nodes)
-            await_leftovers(owned, stop, run_dir, started_before, script, num_nodes)
+            if elsewhere is None:
+                watch(deepspeed, owned, stop, script)
+                await_leftovers(owned, stop, run_dir, started_before, script)
+            else:
+                watch_elsewhere(deepspeed, stop, run_dir, started_before, elsewhere)
         finally:
+            if elsewhere is not None:
+                kill_elsewhere(deepspeed, elsewhere)
             owned.kill()
         return settle(run_dir, started_before, deepspeed.wait(), refusal_file, stop.count)
 
 
-def watch(
-    deepspeed: subprocess.Popen[bytes], owned: OwnedProcesses, stop: StopRequests, script: Path, num_nodes: int
-) -> None:
+def watch(deepspeed: subprocess.Popen[bytes], owned: OwnedProcesses, stop: StopRequests, script: Path) -> None:
     """Until `deepspeed` ends: keep track of what it started, and pass requests to stop on."""
     heard = 0
     while deepspeed.poll() is None:
@@ -179,9 +187,6 @@ def watch(
                 owned.kill()
             elif ranks := owned.ranks(script):
                 ask_to_stop(ranks)
-            elif num_nodes > 1:  # the ranks are not ours to see: the pdsh runner signals those on every node
-                say("asked deepspeed to stop the ranks on all nodes; a second signal kills what runs on this machine")
-                deepspeed.terminate()
             else:
                 say("stopped before any rank had started")
                 owned.kill()
@@ -197,7 +202,7 @@ def ask_to_stop(ranks: list[psutil.Process]) -> None:
 
 
 def await_leftovers(
-    owned: OwnedProcesses, stop: StopRequests, run_dir: Path, started_before: str | None, script: Path, num_nodes: int
+    owned: OwnedProcesses, stop: StopRequests, run_dir: Path, started_before: str | None, script: Path
 ) -> None:
     """After `deepspeed` has ended: give the ranks that it left time to save. What then still runs, the caller kills."""
     asked, ended = stop.count > 0, time.monotonic()
@@ -207,12 +212,62 @@ def await_leftovers(
             say("deepspeed has ended without its ranks")
             ask_to_stop(ranks)
             asked = True
-        if not owned.alive() and not (running and num_nodes > 1):
+        if not owned.alive():
             return
-        waiting_for_ranks = running and (ranks or num_nodes > 1)
-        if stop.count > 1 or time.monotonic() - ended > (GRACE_SECONDS if waiting_for_ranks else LEFTOVER_SECONDS):
+        if stop.count > 1 or time.monotonic() - ended > (GRACE_SECONDS if ranks and running else LEFTOVER_SECONDS):
             return
         time.sleep(POLL_SECONDS)
+
+
+# --- several nodes --------------------------------------------------------------------------------------------------
+
+
+def watch_elsewhere(
+    deepspeed: subprocess.Popen[bytes],
+    stop: StopRequests,
+    run_dir: Path,
+    started_before: str | None,
+    elsewhere: Elsewhere,
+) -> None:
+    """Until no rank should be left on any node, or until those that are must be killed: pass requests to stop on.
+
+    pdsh waits for all nodes, so ranks outlive `deepspeed` only if somebody kills it or pdsh (it then exits 0): they are
+    asked to stop. And ranks that outlive a failed one, waiting for it in a collective, are given GRACE_SECONDS. A rank
+    over pdsh that dies without a word (SIGKILL) is noticed only when the collectives of the others fail or time out.
+    """
+    faults_before, deadline = faults_of(run_dir), math.inf
+    while deepspeed.poll() is None or (deepspeed.returncode <= 0 and is_running(run_dir, started_before)):
+        if deepspeed.returncode is not None and not elsewhere.stop_file.exists():
+            say("deepspeed has ended without its ranks; asked those on all nodes to save and stop")
+            elsewhere.stop_file.touch()
+            deadline = time.monotonic() + GRACE_SECONDS
+        if stop.count > 0 and not elsewhere.stop_file.exists():
+            say("asked the ranks on all nodes to save and stop; a second signal kills them")
+            elsewhere.stop_file.touch()
+        if stop.count > 1:
+            say("killing the run: a second signal came")
+            return
+        if deadline == math.inf and (faults_of(run_dir) - faults_before or has_failed(run_dir, started_before)):
+            say(f"a rank has failed; what is left on any node in {GRACE_SECONDS:.0f} s is killed")
+            deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def kill_elsewhere(deepspeed: subprocess.Popen[bytes], elsewhere: Elsewhere) -> None:
+    """End the ranks on all nodes, as far as they can be reached within KILL_SECONDS."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if elsewhere.kill is not None:
+            subprocess.run(elsewhere.kill, timeout=KILL_SECONDS, check=False, input=b"", capture_output=True)
+        elif deepspeed.poll() is None:
+            deepspeed.terminate()  # srun: "forcing job termination"
+            deepspeed.wait(timeout=KILL_SECONDS)
+
+
+def faults_of(run_dir: Path) -> set[tuple[str, int]]:
+    """What ranks other than 0 wrote about their end, and when."""
+    return {(path.name, path.stat().st_mtime_ns) for path in run_dir.glob("rank*.err")}
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -225,8 +280,18 @@ def started_of(run_dir: Path) -> str | None:
 
 def is_running(run_dir: Path, started_before: str | None) -> bool:
     """Whether the attempt that began after `started_before` has a summary without a final status."""
+    return status_of(run_dir, started_before) == "running"
+
+
+def has_failed(run_dir: Path, started_before: str | None) -> bool:
+    """Whether that attempt has ended, other than by completing or stopping."""
+    return status_of(run_dir, started_before) not in (None, "running", *EXIT_CODES)
+
+
+def status_of(run_dir: Path, started_before: str | None) -> str | None:
+    """The status that the attempt after `started_before` has written; None before it wrote any."""
     summary = read_summary(run_dir)
-    return summary is not None and summary.get("status") == "running" and summary.get("started") != started_before
+    return None if summary is None or summary.get("started") == started_before else summary.get("status")
 
 
 def settle(
@@ -248,14 +313,14 @@ def settle(
         why = (
             "stopped before it began"
             if stop_requests
-            else f"no rank began to train; deepspeed exit code {deepspeed_code}"
+            else f"no rank began to train; launcher exit code {deepspeed_code}"
         )
         say(f"failed: {why}; nothing was written to {run_dir}")
         return EXIT_FAILED
     status, step, reason = (
         "failed",
         last_logged_step(run_dir),
-        f"ranks ended without a final status; deepspeed exit code {deepspeed_code}",
+        f"ranks ended without a final status; launcher exit code {deepspeed_code}",
     )
     saved = latest_step(run_dir)
     if stop_requests and saved is not None and (step <= saved or not of_this_attempt):

@@ -19,8 +19,9 @@ def main() -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     start, end = begin_or_exit(), os.environ["FAKE_END"]
-    me, notes = psutil.Process(), Path(os.environ["FAKE_NOTES"])
-    (notes / f"rank{start.rank}").write_text(" ".join(str(process.pid) for process in (me, *me.parents()[:2])))
+    notes, me = Path(os.environ["FAKE_NOTES"]), psutil.Process()
+    family = [process.pid for process in (me, *me.parents()[:2]) if os.getsid(process.pid) == os.getsid(me.pid)]
+    (notes / f"rank{start.rank}").write_text(" ".join(map(str, family)))
     if end == "refuse":
         say_refusal(DataError("run.data.train=nowhere: no token files."), start.rank, start.args)
         return EXIT_REFUSED
@@ -39,6 +40,12 @@ def main() -> int:
             os._exit(6)  # as when gloo aborts at exit, after the work is done
         if asked and end == "never":
             (notes / f"asked{start.rank}").touch()
+        if end == "never" and start.rank == 0 and start.args.stop_file is not None and start.args.stop_file.exists():
+            for rank in range(start.topology.ranks):
+                (notes / f"asked{rank}").touch()
+        if end == "one crashes" and start.rank == 1 and step >= 4 and (start.args.run_dir / "metrics.jsonl").exists():
+            (start.args.run_dir / "rank1.err").write_text("Traceback")
+            os._exit(7)
         if len(list(notes.glob("asked*"))) == 2:  # as train.py, whose ranks agree to stop
             time.sleep(1.5 * start.rank)  # rank 1 takes longer to save
             log.finish("stopped", "asked by a signal", {"step": step})

@@ -10,23 +10,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 
 from launch.run_config import REPO_ROOT
-
-TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
-FAKE_TRAIN = Path(__file__).with_name("fake_train.py")
-LAUNCH_FAKE = (
-    "import sys, pathlib, launch.run; sys.exit(launch.run.main(sys.argv[2:], script=pathlib.Path(sys.argv[1])))"
-)
-PATIENCE = 120  # seconds until a hanging test is given up
-
-
-def environment(**changed: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "CUDA_VISIBLE_DEVICES": "", **changed}
+from launched import LAUNCH_FAKE, PATIENCE, TINY, Launched, environment
 
 
 def launch_run(*arguments: str | Path, cwd: Path = REPO_ROOT) -> "subprocess.CompletedProcess[str]":
@@ -115,60 +104,6 @@ def test_neither_torch_nor_deepspeed_nor_wandb_is_imported_before_the_run_starts
 # --- under the deepspeed launcher -----------------------------------------------------------------------------------
 
 
-class Launched:
-    """launch.run with two CPU ranks of fake_train.py."""
-
-    def __init__(self, folder: Path, end: str) -> None:
-        self.run_dir, self.notes = folder / "run", folder / "notes"
-        self.notes.mkdir()
-        self.output = open(folder / "output", "w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH_FAKE, str(FAKE_TRAIN), str(TINY), "--run_dir", str(self.run_dir)],
-            env=environment(FAKE_END=end, FAKE_NOTES=str(self.notes)),
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-        )
-
-    def await_training(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not ((self.run_dir / "metrics.jsonl").is_file() and len(list(self.notes.iterdir())) == 2):
-            assert time.monotonic() < deadline, self.printed()
-            assert self.process.poll() is None, self.printed()
-            time.sleep(0.1)
-
-    def pids(self) -> set[int]:
-        """Ranks, launch.py, the runner, and what the ranks started."""
-        return {int(pid) for note in self.notes.iterdir() for pid in note.read_text().split()}
-
-    def end(self) -> int:
-        """Wait for launch.run; nothing that it started may be left."""
-        try:
-            code = self.process.wait(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGTERM)
-            time.sleep(2)
-            self.process.send_signal(signal.SIGTERM)  # the second kills all that launch.run started
-            self.process.wait(timeout=PATIENCE)
-            raise
-        left = [pid for pid in self.pids() if is_running(pid)]
-        assert left == [], self.printed()
-        return code
-
-    def printed(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
-
-    def summary(self) -> dict:
-        return json.loads((self.run_dir / "summary.json").read_text())
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_completed_run_is_a_success_though_its_ranks_end_badly_and_leave_a_worker(tmp_path: Path) -> None:
     launched = Launched(tmp_path, "complete")
     assert launched.end() == 0, launched.printed()
@@ -199,7 +134,7 @@ def test_ranks_that_vanish_leave_a_summary_that_says_failed(tmp_path: Path) -> N
     launched = Launched(tmp_path, "crash")
     assert launched.end() == 4, launched.printed()
     assert launched.summary()["status"] == "failed"
-    assert launched.summary()["reason"] == "ranks ended without a final status; deepspeed exit code 7"
+    assert launched.summary()["reason"] == "ranks ended without a final status; launcher exit code 7"
 
 
 def test_a_refusal_by_the_ranks_is_printed_once_and_nothing_is_created(tmp_path: Path) -> None:

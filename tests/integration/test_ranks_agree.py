@@ -16,7 +16,7 @@ from ranks import RankPool
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
 
 
-def refusal_on_this_rank(changes_by_rank: list[list[str]]) -> str:
+def refusal_on_this_rank(changes_by_rank: list[list[str]], stop_files: tuple[Path | None, ...] = (None, None)) -> str:
     """On every rank: open the data of its own version of the run; the error that comes of it."""
     import torch.distributed as dist
 
@@ -28,7 +28,8 @@ def refusal_on_this_rank(changes_by_rank: list[list[str]]) -> str:
     rank = dist.get_rank()
     run = load_run(TINY, changes_by_rank[rank])
     beginning = Beginning("fresh", 0)
-    start = Start(argparse.Namespace(), run, resolve_topology(run, 1, 2), beginning, rank, rank)
+    args = argparse.Namespace(run_dir=Path("runs/mine"), stop_file=stop_files[rank])
+    start = Start(args, run, resolve_topology(run, 1, 2), beginning, rank, rank)
     try:
         train.open_on_all_ranks(start)
     except ValueError as error:
@@ -76,3 +77,29 @@ def test_ranks_that_see_other_tokens_are_refused(two_ranks: RankPool, tmp_path: 
     answers = two_ranks.run(refusal_in_a_folder_of_its_own, folders, [f"run.data.{split}=tokens"])
     assert answers[0] == answers[1]
     assert answers[0].startswith(f"ConfigError: {words}: the ranks see different ones (")
+
+
+def test_a_node_that_does_not_see_the_run_folders_place_is_refused_on_all_ranks(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    answers = two_ranks.run(refusal_on_this_rank, [[], []], (tmp_path / "stop", tmp_path / "unshared" / "stop"))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("ConfigError: rank 1: --run_dir runs/mine: ")
+    assert answers[0].endswith(" does not see the runs of launch.run. Name a folder on storage that all nodes share.")
+
+
+def stops_heard_on_this_rank(stop_file: Path) -> list[bool]:
+    """What three calls say; rank 0 finds the file before the second."""
+    import torch.distributed as dist
+
+    import train
+
+    stop = train.StopRequest(stop_file if dist.get_rank() == 0 else None)
+    heard = [stop.agreed_by_all_ranks("cpu")]
+    if dist.get_rank() == 0:
+        stop_file.touch()
+    return [*heard, stop.agreed_by_all_ranks("cpu"), stop.agreed_by_all_ranks("cpu")]
+
+
+def test_a_file_that_rank_0_sees_stops_all_ranks_one_step_later(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(stops_heard_on_this_rank, tmp_path / "stop") == [[False, False, True]] * 2

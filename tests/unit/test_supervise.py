@@ -67,7 +67,7 @@ def test_a_run_that_still_says_running_has_failed_at_its_last_logged_step(run_di
     assert settle(run_dir, BEFORE, 7, refusal, stop_requests=0) == 4
     summary = summary_of(run_dir)
     assert (summary["status"], summary["step"]) == ("failed", 3)
-    assert summary["reason"] == "ranks ended without a final status; deepspeed exit code 7; see rank1.err"
+    assert summary["reason"] == "ranks ended without a final status; launcher exit code 7; see rank1.err"
     assert summary["total_time_min"] > 0
     assert "pid" not in summary
 
@@ -87,7 +87,7 @@ def test_a_run_that_never_began_fails_and_leaves_nothing(
     tmp_path: Path, refusal: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert settle(tmp_path / "none", None, 1, refusal, stop_requests=0) == 4
-    assert "no rank began to train; deepspeed exit code 1" in capsys.readouterr().err
+    assert "no rank began to train; launcher exit code 1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
