@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.environment import SECRETS
+from launch.environment import SECRET
 from launch.run_config import LaunchConfig
 from model.config import ConfigError
 
@@ -196,7 +196,7 @@ def environment_file(environment: Mapping[str, str]) -> str:
     """
     lines = []
     for name, value in sorted(environment.items()):
-        if name.startswith(EXPORTED) and not any(word in name.upper() for word in SECRETS) and "\n" not in value:
+        if name.startswith(EXPORTED) and not SECRET.search(name.upper()) and "\n" not in value:
             escaped = re.sub(r'([\\$`"])', r"\\\1", value)
             lines.append(f"{name}={escaped.replace('%', '%%')}")
     for folder in (Path.home(), Path.cwd()):
