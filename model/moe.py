@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed import comm
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.sharded_moe import _AllToAll
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model.config import MoEConfig
@@ -59,6 +60,34 @@ def with_zero_row(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
+@torch.library.custom_op("moelab::all_to_all", mutates_args=())
+def all_to_all(rows: Tensor, group_name: str) -> Tensor:
+    """Send the i-th of ep_size equal parts of rows [N, D] to rank i of an expert-parallel group; [N, D] in rank order.
+
+    An operator that returns its result, where deepspeed's _AllToAll writes into a buffer: activation checkpointing can
+    keep the former (model/recompute.py) and would take the empty buffer of the latter for its content.
+    """
+    received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    comm.all_to_all_single(received, rows.contiguous(), group=groups._get_expert_parallel_group(group_name))
+    return received
+
+
+@all_to_all.register_fake
+def _(rows: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+def _remember_group(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.group_name = inputs[1]
+
+
+def _send_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return all_to_all(grad, ctx.group_name), None
+
+
+all_to_all.register_autograd(_send_back, setup_context=_remember_group)
+
+
 def route_in_slot(routing: Routing, num_slots: int) -> Tensor:
     """The route (t * K + k) that fills each slot [E*C]; T*K for an empty slot."""
     routes = routing.slot_TK.numel()
@@ -90,9 +119,9 @@ class MoELayer(MoE):
 
     def _through_experts(self, tokens: Tensor, capacity: int) -> Tensor:
         """Rows [E*C, D] in expert order -> the experts' outputs in the same order, across the expert-parallel ranks."""
-        group, D = self.deepspeed_moe.ep_group, tokens.shape[-1]
+        D = tokens.shape[-1]
         if self.ep_size > 1:
-            tokens = _AllToAll.apply(group, tokens)
+            tokens = all_to_all(tokens, self.expert_group_name)
         outputs = self.deepspeed_moe.experts(tokens.view(self.ep_size, self.num_local_experts, capacity, D))
         outputs = outputs.reshape(-1, D)
-        return _AllToAll.apply(group, outputs) if self.ep_size > 1 else outputs
+        return all_to_all(outputs, self.expert_group_name) if self.ep_size > 1 else outputs
