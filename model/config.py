@@ -10,6 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+ActivationCheckpointing = Literal["none", "block", "selective"]  # what they mean stands in model/recompute.py
+
 
 class ConfigError(ValueError):
     """A run file or command line that cannot work. The message names key=value, the rule and the way out."""

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, RMSNorm, rotary_tables
-from model.config import ModelConfig
+from model.config import ActivationCheckpointing, ModelConfig
 from model.data import IGNORED_TARGET
 from model.moe import MLP, MoELayer
+from model.recompute import run_block
 from model.router import RoutingStats
 
 
@@ -63,14 +64,22 @@ class GPT(nn.Module):
         ep_size: ranks that share the experts; this rank holds num_experts / ep_size of them.
         ep_rank: this rank's place among them, `rank % ep_size` as DeepSpeed groups ranks.
         seed: of the weights.
+        activation_checkpointing: what blocks keep for the backward pass (model/recompute.py); the results are equal.
     """
 
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    def __init__(self, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ep_size: int = 1,
+        ep_rank: int = 0,
+        seed: int = 0,
+        activation_checkpointing: ActivationCheckpointing = "none",
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.activation_checkpointing = config, activation_checkpointing
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = (
             RMSNorm(config.hidden_size, config.norm_affine) if config.embedding_norm else nn.Identity()
@@ -107,7 +116,7 @@ class GPT(nn.Module):
         x_BSD = self.embedding_norm(self.token_embedding(tokens_BS))
         routing: list[RoutingStats] = []
         for block in self.blocks:
-            x_BSD, stats = block(x_BSD, tokens_BS, rotary)
+            x_BSD, stats = run_block(block, self.activation_checkpointing)(x_BSD, tokens_BS, rotary)
             if stats is not None:
                 routing.append(stats)
         return self.final_norm(x_BSD), routing
