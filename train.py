@@ -35,6 +35,7 @@ from launch.gpu_monitor import GpuMonitor, describe_gpu, gpus_of_this_machine
 from launch.run_config import REPO_ROOT, Run
 from launch.run_dir import EXIT_CODES, EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, Status, checkpoint_name
 from launch.run_log import RunLog, tail_figures
+from launch.zero_settings import offloads, zero_stage
 from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
@@ -130,7 +131,8 @@ def set_up_process(start: Start) -> None:
     """Join the other ranks; quiet DeepSpeed's logger; share the cores of a CPU machine among its ranks."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # deepspeed 0.19.8 calls what torch 2.13 renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor.*")
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")
     if on_gpu():
         torch.cuda.set_device(start.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -191,7 +193,7 @@ def state_to_begin_with(start: Start, data: Data) -> TrainingState:
         samples=0,
         world_size=start.topology.ranks,
         ep_size=start.topology.ep_size,
-        zero_stage=start.run.deepspeed.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=zero_stage(start.run.deepspeed),
         data_fingerprint=data.train.fingerprint,
     )
     if start.beginning.action == "fresh":
@@ -307,11 +309,13 @@ class Trainer:
     def build_engine(self) -> None:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
         ep_size = self.topology.ep_size
-        model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, self.run.train.seed)
+        seed, checkpointing = self.run.train.seed, self.run.train.activation_checkpointing
+        model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, seed, checkpointing)
         # The optimizer comes built, and without its section: given "Muon", deepspeed 0.19.8 would choose the matrices.
         config = {key: value for key, value in self.run.deepspeed.items() if key != "optimizer"}
         section, router_optimizer = self.run.deepspeed["optimizer"], self.run.train.router_optimizer
-        optimizer = build_optimizer(model, section, router_optimizer, fused=on_gpu())
+        fused = on_gpu() or offloads(self.run.deepspeed)  # torch has one kernel for the update on either device
+        optimizer = build_optimizer(model, section, router_optimizer, fused)
         assignments = assign(model, section, router_optimizer)
         self.log.say(assignment_table(assignments, ep_size))
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -148,7 +148,7 @@ RENAMED_KEYS = {
 # Keys that DeepSpeed reads and that would do nothing here, or something that the rest of moelab does not know of. A
 # section of these that is switched off may stay.
 UNSUPPORTED_KEYS = {
-    "activation_checkpointing": "the blocks keep their activations, so it would have no effect",
+    "activation_checkpointing": "run.train.activation_checkpointing says what blocks keep",
     "compile": "engine.compile is not called, so it would have no effect",
     "data_types.buffer_dtype": "it would round the rotary tables, which stay in fp32",
     "gradient_allreduce_op": "gradients are averaged over the ranks",
@@ -165,6 +165,29 @@ UNSUPPORTED_KEYS = {
     "tensor_parallel": "layers are not split among ranks",
     "use_data_before_expert_parallelism": "expert-parallel groups are neighbouring ranks",
     "vocabulary_size": "run.model.vocab_size says it",
+    **{
+        f"zero_optimization.{section}.{name}": "nothing is moved to NVMe, so it would have no effect"
+        for section, names in (
+            ("offload_optimizer", "nvme_path buffer_count pipeline_read pipeline_write fast_init"),
+            ("offload_param", "nvme_path buffer_count buffer_size max_in_cpu"),
+        )
+        for name in names.split()
+    },
+    **{
+        f"zero_optimization.{name}": "it needs DeepSpeed's own CPU Adam, and the optimizer is torch's"
+        for name in (
+            "zenflow",
+            "offload_optimizer.ratio",
+            "offload_optimizer.super_offload",
+            "offload_optimizer.cpuadam_cores_perc",
+        )
+    },
+    **{
+        f"zero_optimization.{name}": "communication in fewer bits would be another experiment"
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    },
+    "zero_optimization.compute_grad_norm": "every run logs its gradient norm and ends when it is not finite",
+    "zero_optimization.legacy_stage1": "deepspeed 0.19.8 has no other stage 1",
 }
 
 

@@ -1,8 +1,11 @@
 """How much memory one rank needs: an estimate from the configuration alone, good enough to choose an ep_size.
 
 weights and gradients   2 bytes each in bf16, 4 in fp32; a rank holds its share of the experts
-optimizer               12 bytes per parameter (fp32 master and two moments), divided among the ranks that hold a copy
+optimizer               12 bytes per parameter (fp32 master and two moments), divided among the ranks that hold a copy;
+                        nothing where it is offloaded to the host, whose memory is not counted
 activations             what the backward pass keeps per token and layer, plus the logits in fp32
+
+ZeRO-2 divides gradients too, and ZeRO-3 weights; what ZeRO-3 has gathered at a time is counted beside them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import subprocess
 from dataclasses import dataclass
 
 from launch.run_config import Run
+from launch.zero_settings import offloads, zero_stage
+from model.config import ModelConfig
 from model.flops import count_parameters
 
 GIB = 2**30
@@ -33,33 +38,68 @@ class MemoryEstimate:
 def estimate_memory(run: Run, ranks: int, ep_size: int) -> MemoryEstimate:
     """Estimate the bytes that one rank of this run needs at this ep_size."""
     counts = count_parameters(run.model)
-    stage = run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(run.deepspeed)
     width = 2 if run.deepspeed.get("bf16", {}).get("enabled") else 4
 
     def state_bytes(parameters: int, copies: int) -> float:
+        weights = width / copies if stage >= 3 else width
         gradients = width / copies if stage >= 2 else width
         optimizer = 12 / copies if stage >= 1 else 12
-        return parameters * (width + gradients + optimizer)
+        if offloads(run.deepspeed, "offload_param"):
+            weights = 0
+        if offloads(run.deepspeed):
+            optimizer = 0
+        return parameters * (weights + gradients + optimizer)
 
     dense = counts.total - counts.expert
     states = state_bytes(dense, ranks) + state_bytes(counts.expert // ep_size, max(1, ranks // ep_size))
+    if stage >= 3:
+        states += width * min(counts.total, gathered_at_once(run))
     return MemoryEstimate(int(states), activation_bytes(run, width))
 
 
+def gathered_at_once(run: Run) -> int:
+    """Parameters that ZeRO-3 keeps whole at a time: it gathers ahead up to one of these limits and frees beyond the
+    other. Under their defaults, a billion each, a smaller model is whole in memory in every step."""
+    zero = run.deepspeed["zero_optimization"]
+    return max(
+        zero.get(f"stage3_{name}", zero.get(name, 1_000_000_000))
+        for name in ("max_live_parameters", "max_reuse_distance")
+    )
+
+
 def activation_bytes(run: Run, width: int) -> int:
-    """Activations that a training step of one micro-batch keeps, without checkpointing."""
-    model = run.model
-    tokens = run.micro_batch_size * model.seq_len
-    per_token = 0.0
-    for layer in range(model.num_layers):
-        per_token += 8 * model.hidden_size  # norms, queries, keys, values, attention output, residuals
-        if model.moe is not None and model.is_moe_layer(layer):
-            routes = model.moe.top_k * max(1.0, model.moe.capacity_factor)
-            per_token += routes * (2 * model.hidden_size + 3 * model.moe.ffn_hidden_size)
-        else:
-            per_token += 2 * model.hidden_size + 3 * (model.ffn_hidden_size or 0)
+    """Activations at the peak of a training step of one micro-batch: what all blocks keep, and one block in full."""
+    model, how = run.model, run.train.activation_checkpointing
+    layers = range(model.num_layers)
+    in_full = [elements_in_full(model, layer) for layer in layers]
+    if how == "none":
+        per_token = sum(in_full)
+    elif how == "block":
+        per_token = model.num_layers * model.hidden_size + max(in_full)
+    else:
+        per_token = sum(elements_kept_selectively(model, layer) for layer in layers) + max(in_full)
     logits = 3 * 4 * model.vocab_size  # logits, their softmax and gradient, in fp32
-    return int(tokens * (width * per_token + logits))
+    return int(run.micro_batch_size * model.seq_len * (width * per_token + logits))
+
+
+def elements_in_full(model: ModelConfig, layer: int) -> float:
+    """Elements per token that a block's backward pass needs."""
+    attention = 8 * model.hidden_size  # norms, queries, keys, values, attention output, residuals
+    if model.moe is not None and model.is_moe_layer(layer):
+        routes = model.moe.top_k * max(1.0, model.moe.capacity_factor)
+        return attention + routes * (2 * model.hidden_size + 3 * model.moe.ffn_hidden_size)
+    return attention + 2 * model.hidden_size + 3 * (model.ffn_hidden_size or 0)
+
+
+def elements_kept_selectively(model: ModelConfig, layer: int) -> float:
+    """Elements per token of a block's input and of the results of its matrix products, attention and all-to-alls."""
+    up = 2 if model.activation == "swiglu" else 1
+    attention = 4 * model.hidden_size + 2 * model.kv_heads * model.head_dim
+    if model.moe is not None and model.is_moe_layer(layer):
+        routes = model.moe.top_k * max(1.0, model.moe.capacity_factor)
+        return attention + routes * (2 * model.hidden_size + up * model.moe.ffn_hidden_size)
+    return attention + model.hidden_size + up * (model.ffn_hidden_size or 0)
 
 
 def query_gpus() -> list[int]:

@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from launch.data_config import DataConfig
 from launch.deepspeed_keys import check_deepspeed_keys, refuse_unknown
-from model.config import ConfigError, ModelConfig, Section
+from launch.zero_settings import refuse_zero_settings
+from model.config import ActivationCheckpointing, ConfigError, ModelConfig, Section
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,7 @@ class TrainConfig(Section):
     sample_prompt: str = Field(default="The state of the Union", min_length=1)
     sample_tokens: int = Field(default=48, ge=0)
     log_every: int = Field(default=10, ge=1)
+    activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -224,8 +226,16 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
     return int(tokens // tokens_per_step)
 
 
-# Settings that say where and under whose eyes a run happens, or when it pauses: a run may be continued with others.
-NOT_IN_HASH = (("launch",), ("wandb",), ("train", "stop_at_step"), ("train", "save_every"), ("train", "keep_last"))
+# Settings that say where and under whose eyes a run happens, when it pauses, or how it trades time for memory without
+# another result: a run may be continued with others.
+NOT_IN_HASH = (
+    ("launch",),
+    ("wandb",),
+    ("train", "stop_at_step"),
+    ("train", "save_every"),
+    ("train", "keep_last"),
+    ("train", "activation_checkpointing"),
+)
 
 
 def hash_of(resolved: dict[str, Any]) -> str:
@@ -399,7 +409,6 @@ def known_keys(section: type[BaseModel], location: list[str]) -> list[str]:
 
 def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
     """Refuse DeepSpeed settings that would be wrong, silently ineffective or unsupported in this run."""
-    moe = run.model.moe
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         value = stated(tree, name, "State it, in sequences.")
         if not is_integer(value) or value < 1:
@@ -430,24 +439,7 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
         if tree.get(name, {}).get("enabled"):
             raise ConfigError(f"{name}.enabled={json.dumps(tree[name]['enabled'])} is not supported. {way_out}.")
 
-    zero = tree.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if not is_integer(stage) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage={json.dumps(stage)}: should be 0, 1 or 2.")
-    if stage == 3:
-        why = ": DeepSpeed's MoE layer does not run under ZeRO-3" if moe else ""
-        raise ConfigError(f"zero_optimization.stage=3 is not supported{why}. Use 1 or 2.")
-    if stage == 0 and moe:
-        raise ConfigError(
-            "zero_optimization.stage=0 averages the ranks' gradient norms, so with experts the norm and its clipping "
-            "depend on their placement (deepspeed 0.19.8). Use 1 or 2."
-        )
-    for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
-            raise ConfigError(
-                f"zero_optimization.{name}.device={zero[name]['device']!r} is not supported: the optimizer is torch's "
-                "AdamW on the device. Remove it."
-            )
+    refuse_zero_settings(tree, run.model.moe is not None, run.train.activation_checkpointing)
 
 
 OPTIMIZER_PARAMS = {

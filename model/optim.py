@@ -93,7 +93,7 @@ def build_optimizer(
 
     Args:
         router_optimizer: "muon" or "adamw" under Muon, None under AdamW.
-        fused: torch's fused AdamW, for parameters on a GPU.
+        fused: AdamW's update in one kernel: for a GPU, and for an update that is offloaded to the host.
 
     ZeRO-1/2 run Muon on whole matrices while they fill their partition of the gradients; they know the matrices by the
     attribute `use_muon`, which is set here.

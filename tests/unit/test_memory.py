@@ -48,6 +48,53 @@ def test_eight_ranks_divide_states_among_those_that_hold_a_copy(
     assert got == pytest.approx(expected, abs=16)  # bytes are whole numbers
 
 
+OFFLOAD = ("zero_optimization.offload_optimizer.device=cpu", "zero_force_ds_cpu_optimizer=false")
+
+
+@pytest.mark.parametrize(("stage", "dense_bytes"), [(1, 2 + 2), (2, 2 + 2 / 8)])
+def test_an_offloaded_optimizer_takes_no_memory_of_the_device(stage: int, dense_bytes: float) -> None:
+    counts = count_parameters(moe_tiny().model)
+    got = states(8, 1, "bf16.enabled=true", f"zero_optimization.stage={stage}", *OFFLOAD)
+    assert got == pytest.approx(dense_bytes * counts.total, abs=16)
+
+
+@pytest.mark.parametrize(
+    ("limits", "offload", "gathered", "bytes_per_parameter"),
+    [
+        ({}, (), None, (2 + 2 + 12) / 8),  # the defaults gather all of a model of under a billion parameters
+        ({"max_live_parameters": 1000, "max_reuse_distance": 0}, (), 1000, (2 + 2 + 12) / 8),
+        ({"max_live_parameters": 0, "max_reuse_distance": 3000}, OFFLOAD, 3000, (2 + 2) / 8),
+        (
+            {"max_live_parameters": 0, "max_reuse_distance": 0},
+            (*OFFLOAD, "zero_optimization.offload_param.device=cpu"),
+            0,
+            2 / 8,
+        ),
+    ],
+    ids=str,
+)
+def test_zero_3_divides_weights_too_and_holds_what_it_has_gathered(
+    limits: dict[str, int], offload: tuple[str, ...], gathered: int | None, bytes_per_parameter: float
+) -> None:
+    dense = ["run.model.moe=null", "run.model.ffn_hidden_size=64", "bf16.enabled=true", "zero_optimization.stage=3"]
+    stated = [f"zero_optimization.stage3_{name}={value}" for name, value in limits.items()]
+    total = count_parameters(moe_tiny(*dense).model).total
+    expected = bytes_per_parameter * total + 2 * (total if gathered is None else gathered)
+    assert states(8, 1, *dense, *stated, *offload) == pytest.approx(expected, abs=16)
+
+
+def test_activation_checkpointing_keeps_less_and_one_block_in_full() -> None:
+    def activations(layers: int, how: str) -> int:
+        changes = (f"run.model.num_layers={layers}", f"run.train.activation_checkpointing={how}")
+        return estimate_memory(moe_tiny(*changes), 1, 1).activations
+
+    for layers in (4, 12):
+        assert activations(layers, "block") < activations(layers, "selective") < activations(layers, "none")
+    model = moe_tiny().model
+    tokens = 2 * model.seq_len
+    assert activations(12, "block") - activations(4, "block") == 8 * tokens * 4 * model.hidden_size, "a block's input"
+
+
 def test_activations_grow_with_the_micro_batch_and_not_with_the_ranks() -> None:
     one = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=1"), 1, 1).activations
     two = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=2"), 4, 4).activations
