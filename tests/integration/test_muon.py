@@ -31,7 +31,7 @@ PARAMS = {
 SECTION: dict[str, Any] = {"type": "Muon", "params": PARAMS}
 
 
-def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int, router_optimizer: str) -> dict[str, Any]:
+def train_on_ranks(config: ModelConfig, ep_size: int, zero: dict[str, Any], router_optimizer: str) -> dict[str, Any]:
     import deepspeed
     import torch.distributed as dist
 
@@ -49,7 +49,8 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int, router_op
             "train_batch_size": 8,
             "train_micro_batch_size_per_gpu": 2,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
         },
     )
     for step in range(STEPS):
@@ -95,16 +96,26 @@ def train_in_one_process(config: ModelConfig, router_optimizer: str) -> dict[str
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
 @pytest.mark.parametrize(
-    ("zero_stage", "ep_size", "router_optimizer"),
-    [(1, 1, "muon"), (1, 2, "muon"), (2, 1, "adamw"), (2, 2, "muon"), (2, 2, "adamw")],
+    ("zero", "ep_size", "router_optimizer"),
+    [
+        ({"stage": 1}, 1, "muon"),
+        ({"stage": 1}, 2, "adamw"),
+        ({"stage": 1, **OFFLOAD}, 2, "muon"),
+        ({"stage": 2}, 1, "adamw"),
+        ({"stage": 2}, 2, "muon"),
+        ({"stage": 2, **OFFLOAD}, 1, "muon"),
+    ],
 )
 def test_muon_under_zero_equals_its_formula(
-    two_ranks: RankPool, zero_stage: int, ep_size: int, router_optimizer: str
+    two_ranks: RankPool, zero: dict[str, Any], ep_size: int, router_optimizer: str
 ) -> None:
     config = tiny_model(capacity_factor=0.0)
     expected = train_in_one_process(config, router_optimizer)
-    answers = two_ranks.run(train_on_ranks, config, ep_size, zero_stage, router_optimizer)
+    answers = two_ranks.run(train_on_ranks, config, ep_size, zero, router_optimizer)
     for name, weight in expected.items():
         found = [answer[name] for answer in answers if name in answer]
         assert found, name
