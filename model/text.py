@@ -1,0 +1,148 @@
+"""Documents from text files: .txt (one document a file), .jsonl and .jsonl.gz (one a line), .parquet (one a row).
+
+Files are read as streams: only one document, or one row group's batch of them, is in memory at a time. What cannot be
+read is refused by file and line; nothing is replaced or left out silently.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.config import DataError
+
+TEXT_KEY = "text"
+PARQUET_ROWS = 256  # decoded at a time
+
+
+class Document(NamedTuple):
+    text: str
+    num_bytes: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, text: str) -> Document:
+        raw = text.encode("utf-8")
+        return cls(text, len(raw), hashlib.sha256(raw).digest())
+
+    def split(self, val_frac: float) -> str:
+        """The first 8 bytes of the document's sha256, as a fraction of 2^64, decide."""
+        return "val" if int.from_bytes(self.digest[:8], "big") < val_frac * 2**64 else "train"
+
+
+def read_txt(path: Path, text_key: str) -> Iterator[str]:
+    """A .txt file is one document. Line ends and byte-order marks stay as they are."""
+    try:
+        yield path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as fault:
+        raise DataError(
+            f"{path} is not UTF-8: byte {fault.start} is {fault.object[fault.start]:#04x} ({fault.reason}). "
+            "Convert the file to UTF-8, or leave it out."
+        ) from fault
+
+
+def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
+    """One JSON object a line, the text under `text_key`. Blank lines are skipped."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line.strip().decode("utf-8"))
+            except (ValueError, RecursionError) as fault:  # bad JSON, bad UTF-8, nested without end
+                raise DataError(f"{path}:{number} is not JSON: {fault}. Mend the line, or leave it out.") from fault
+            if not isinstance(entry, dict):
+                raise DataError(
+                    f"{path}:{number} holds a {type(entry).__name__}, not an object. Write each line as "
+                    f'{{"{text_key}": "..."}}.'
+                )
+            if text_key not in entry:
+                raise DataError(f"{path}:{number} {_lacks(text_key, list(entry))}")
+            yield _checked(entry[text_key], f"{path}:{number}", text_key)
+
+
+def read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    """One document a row, the text in column `text_key`."""
+    try:
+        import pyarrow  # here and not above: it takes time to load, and few need it
+        import pyarrow.parquet
+    except ImportError as fault:
+        raise DataError(f"{path} needs the package pyarrow, which is missing. Run: pip install pyarrow.") from fault
+    try:
+        with open(path, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            columns = table.schema_arrow.names
+            if text_key not in columns:
+                raise DataError(f"{path} {_lacks(text_key, columns)}")
+            row = 0
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[text_key]):
+                for value in batch.column(0):
+                    row += 1
+                    yield _checked(value.as_py(), f"{path}: row {row}", text_key)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as fault:
+        raise _damaged(path, fault) from fault
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": read_txt,
+    ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def kind_of(path: Path) -> str | None:
+    """The key in READERS that says how `path` is read, or None."""
+    return next((kind for kind in READERS if path.name.endswith(kind)), None)
+
+
+def read_texts(path: Path, text_key: str) -> Iterator[str]:
+    """Every text of one file, in its order, empty ones too. Raises DataError naming the file, and the line if known."""
+    kind = kind_of(path)
+    assert kind is not None, path
+    try:
+        yield from READERS[kind](path, text_key)
+    except (EOFError, zlib.error) as fault:
+        raise _damaged(path, fault) from fault
+    except OSError as fault:
+        if fault.errno is None:  # not the system's, but gzip's or pyarrow's
+            raise _damaged(path, fault) from fault
+        raise DataError(f"{path} cannot be read: {fault.strerror}. Make it readable, or leave it out.") from fault
+
+
+def documents(files: Iterable[Path], text_key: str = TEXT_KEY) -> Iterator[Document]:
+    """Every document of the files, in their order, empty ones too."""
+    for path in files:
+        for text in read_texts(path, text_key):
+            yield Document.of(text)
+
+
+def _checked(value: Any, where: str, text_key: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: {text_key!r} is {'null' if value is None else f'of type {type(value).__name__}'}, not a string. "
+            "Mend it, leave it out, or name another key with --text_key."
+        )
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as fault:  # JSON can write half of a pair: "\ud83d"
+            raise DataError(
+                f"{where}: {text_key!r} has a lone surrogate at character {fault.start}, which is no text. "
+                "Mend it, or leave it out."
+            ) from fault
+    return value
+
+
+def _lacks(text_key: str, names: list[str]) -> str:
+    listed = ", ".join(map(repr, names[:8])) or "nothing"
+    return f"has no {text_key!r}, it has {listed}. Name the one that holds the text with --text_key, or leave it out."
+
+
+def _damaged(path: Path, fault: Exception) -> DataError:
+    reason = (str(fault).splitlines() or [type(fault).__name__])[0].rstrip(".")
+    return DataError(f"{path} is damaged: {reason}. Fetch it anew, or leave it out.")
