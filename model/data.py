@@ -20,11 +20,10 @@ import json
 import math
 import os
 import struct
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import tokenizers
@@ -97,19 +96,30 @@ class TokenFile:
 
 
 class TokenFileWriter:
-    """Writes one split, a document at a time; both files appear, durable, when the `with` block ends without a fault.
+    """Writes one split; both files appear, durable, when the `with` block ends without a fault.
 
-    Nothing is added to a document: its end-of-document token is the caller's.
+    Memory stays bounded, whatever the size of the split: lengths go to a file of their own until the index is written.
+    `sync` says how far the split has come; a later writer that is given this as `resume_at` goes on from there. After a
+    fault the files of a writer that never got so far are deleted. Nothing is added to a document: its end-of-document
+    token is the caller's.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type, resume_at: tuple[int, int] = (0, 0)) -> None:
         self.path = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self._lengths = array("i")
+        self.num_documents, self.num_tokens = resume_at
+        self._is_synced = self.num_documents > 0
         self._bin_path = _with_suffix(self.path, ".bin.tmp")
-        self._bin = open(self._bin_path, "wb")  # closed by __exit__
+        self._lengths_path = _with_suffix(self.path, ".lengths.tmp")
+        self._bin = _open_at(self._bin_path, self.num_tokens * self.dtype.itemsize)  # closed by __exit__
+        self._lengths = _open_at(self._lengths_path, self.num_documents * 4)
 
     def add_document(self, tokens: np.ndarray) -> None:
+        self.add_documents(tokens, np.array([tokens.size]))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Documents one after the other in `tokens`; `lengths` says how many tokens each has."""
+        assert lengths.sum() == tokens.size, (lengths, tokens.size)
         limits = np.iinfo(self.dtype)
         if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
             raise DataError(
@@ -117,7 +127,17 @@ class TokenFileWriter:
                 f"({limits.min}..{limits.max}). Write with a wider dtype."
             )
         self._bin.write(tokens.astype(self.dtype).tobytes())
-        self._lengths.append(tokens.size)
+        self._lengths.write(lengths.astype(np.int32).tobytes())
+        self.num_documents += lengths.size
+        self.num_tokens += tokens.size
+
+    def sync(self) -> tuple[int, int]:
+        """Makes all documents so far durable; returns their number and that of their tokens."""
+        for stream in (self._bin, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._is_synced = True
+        return self.num_documents, self.num_tokens
 
     def __enter__(self) -> Self:
         return self
@@ -125,21 +145,34 @@ class TokenFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._bin.close()
-            self._bin_path.unlink()
-            return
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
+        if kind is None:
+            self.sync()
         self._bin.close()
-        self._bin_path.replace(_with_suffix(self.path, ".bin"))
-        write_durably(_with_suffix(self.path, ".idx"), self._index())
+        self._lengths.close()
+        if kind is None:
+            write_durably(_with_suffix(self.path, ".idx"), self._index())
+            self._bin_path.replace(_with_suffix(self.path, ".bin"))  # last: where a .bin is, nothing is left to do
+            self._lengths_path.unlink()
+        elif not self._is_synced:
+            self._bin_path.unlink()
+            self._lengths_path.unlink()
 
     def _index(self) -> bytes:
-        lengths = np.array(self._lengths, dtype=np.int32)
+        lengths = np.fromfile(self._lengths_path, dtype=np.int32)
         ends = np.arange(lengths.size + 1, dtype=np.int64)  # one sequence a document
         header = _HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[self.dtype], lengths.size, ends.size)
         return header + lengths.tobytes() + _contiguous_offsets(lengths, self.dtype).tobytes() + ends.tobytes()
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    """Opens `path` to write from byte `size` on; what lies beyond is cut off. Raises DataError if it is shorter."""
+    stream = open(path, "r+b" if size else "wb")
+    if (found := stream.seek(0, os.SEEK_END)) < size:
+        stream.close()
+        raise DataError(f"{path} holds {found} bytes, {size} were written. Delete {path.parent} and start again.")
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -430,34 +463,53 @@ class Tokenizer:
     Text that happens to spell a special token is text; the ids that come out have no special token among them.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, eod_token: str = EOD_TOKEN) -> None:
         path = Path(path)
         if not path.is_file():
             raise DataError(
                 f"{path} is missing. A tokenizer is made with the data: python -m tools.prepare_data --help."
             )
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as fault:
-            raise DataError(f"{path} is not JSON: {fault}. Use a tokenizer.json of the tokenizers library.") from fault
-        if not isinstance(content, dict) or "model" not in content:
-            raise DataError(f"{path} has no key 'model'. Use a tokenizer.json of the tokenizers library.")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # files in the wild may say to cut long texts, or to pad short ones
-        self._tokenizer.no_padding()
-        eod_id = self._tokenizer.token_to_id(EOD_TOKEN)
-        if eod_id is None:
-            raise DataError(f"{path} has no token {EOD_TOKEN!r}. Add it to the file as a special token.")
-        self.eod_id: int = eod_id
+        self._tokenizer, self.eod_id = parse_tokenizer(path.read_bytes(), path, eod_token)
+        self.eod_token = eod_token
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """As encode, on all cores."""
+        """As encode, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def parse_tokenizer(content: bytes, name: str | Path, eod_token: str) -> tuple[tokenizers.Tokenizer, int]:
+    """The tokenizer of a tokenizer.json, set to take any text as text, and the id of `eod_token`.
+
+    Raises DataError, with `name` in it, if the tokenizer cannot be used.
+    """
+    try:
+        described = json.loads(content)
+    except ValueError as fault:
+        raise DataError(f"{name} is not JSON: {fault}. Use a tokenizer.json of the tokenizers library.") from fault
+    if not isinstance(described, dict) or "model" not in described:
+        raise DataError(f"{name} has no key 'model'. Use a tokenizer.json of the tokenizers library.")
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # files in the wild may say to cut long texts, or to pad short ones
+    tokenizer.no_padding()
+    eod_id = tokenizer.token_to_id(eod_token)
+    if eod_id is None:
+        special = [repr(each.content) for each in tokenizer.get_added_tokens_decoder().values() if each.special]
+        raise DataError(
+            f"{name} has no token {eod_token!r}. Name the one that ends a document with --eod_token "
+            f"(its special tokens: {', '.join(special[:8]) or 'none'}), or add it to the file as a special token."
+        )
+    tokenizer.add_special_tokens([eod_token])  # it keeps its id; some files have it as an ordinary token
+    if eod_id in tokenizer.encode(eod_token, add_special_tokens=False).ids:
+        raise DataError(
+            f"{name} takes the text {eod_token!r} for the token itself: it would end a document. Name another token "
+            "with --eod_token."
+        )
+    return tokenizer, eod_id

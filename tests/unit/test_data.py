@@ -1,5 +1,6 @@
 """Token files, the order of samples, validation windows, tokenizers and manifests."""
 
+import contextlib
 import itertools
 import json
 import struct
@@ -98,6 +99,38 @@ def test_an_interrupted_writer_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "train", documents=interrupted())
     assert list(tmp_path.iterdir()) == []
+
+
+def write_until_interrupted(prefix: Path, *more: np.ndarray) -> None:
+    with contextlib.suppress(KeyboardInterrupt), TokenFileWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.array(STREAM[:6]), np.array([4, 2]))
+        assert writer.sync() == (2, 6)
+        for document in more:
+            writer.add_document(document)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("more", [(), (np.arange(100), np.arange(7))])
+def test_a_writer_goes_on_from_where_another_was_sure_to_be(tmp_path, more):
+    """What the first wrote after its sync is of no account."""
+    write_until_interrupted(tmp_path / "train", *more)
+    with TokenFileWriter(tmp_path / "train", np.uint16, resume_at=(2, 6)) as writer:
+        for document in DOCUMENTS[2:]:
+            writer.add_document(np.array(document))
+    write(tmp_path / "at_once")
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"train{suffix}").read_bytes() == (tmp_path / f"at_once{suffix}").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_writer_does_not_go_on_from_files_that_are_shorter_than_recorded(tmp_path):
+    write_until_interrupted(tmp_path / "train")
+    for resume_at, words in (
+        ((2, 7), r"bin\.tmp holds 12 bytes, 14 were"),
+        ((3, 6), r"lengths\.tmp holds 8 bytes, 12 were"),
+    ):
+        with pytest.raises(DataError, match=rf"train\.{words} written\. Delete .* and start again\."):
+            TokenFileWriter(tmp_path / "train", np.uint16, resume_at)
 
 
 def test_missing_files_are_refused_with_the_command_that_makes_them(tmp_path):
