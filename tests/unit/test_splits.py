@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from model.config import DataError, ModelConfig
 from model.data import TokenFileWriter
@@ -22,14 +23,14 @@ def opened(train: Any, val: Any, model: ModelConfig = MODEL) -> Data:
     return open_data(train, val, model, seed=0, micro_batch_size=1, rank=0, world_size=1)
 
 
-def prepared(folder: Path, words: str) -> Path:
+def prepared(folder: Path, words: str, *vocabulary: str) -> Path:
     texts = folder / f"{words} texts"
     texts.mkdir()
     for number in range(12):
         (texts / f"{number}.txt").write_text(f"{number} {words} " * 40)
     out = folder / words
-    arguments = ["--input", str(texts), "--out", str(out), "--vocab_size", "270", "--val_frac", "0.3"]
-    assert prepare_data.main(arguments) == 0
+    arguments = ["--input", str(texts), "--out", str(out), "--val_frac", "0.3"]
+    assert prepare_data.main([*arguments, *(vocabulary or ("--vocab_size", "270"))]) == 0
     return out
 
 
@@ -47,6 +48,19 @@ def test_splits_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
     first, second = prepared(tmp_path, "rivers"), prepared(tmp_path, "mountains")
     with pytest.raises(
         DataError, match=r"run\.data\.val=.*mountains/val: has another tokenizer than run\.data\.train="
+    ):
+        opened(f"{first}/train", f"{second}/val")
+
+
+def test_splits_that_end_documents_with_other_tokens_are_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(prepared(tmp_path, "lakes") / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<b>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = ("--tokenizer", str(tmp_path / "tokenizer.json"))
+    first, second = prepared(tmp_path, "rivers", *given), prepared(tmp_path, "mountains", *given, "--eod_token", "<b>")
+    assert opened(f"{second}/train", f"{second}/val").val.eod_id == 270
+    with pytest.raises(
+        DataError, match=r"val=.*mountains/val: ends documents with '<b>', .*rivers/train with '<\|endof"
     ):
         opened(f"{first}/train", f"{second}/val")
 
