@@ -5,12 +5,14 @@ VENV := .venv
 CONFIG ?= ds_configs/demo.json
 RUN_DIR ?= runs/$(basename $(notdir $(CONFIG)))
 PYTEST_ARGS ?=
+CORPUS ?= data/debian-32768
+CORPUS_VOCAB ?= 32768
 
 # DeepSpeed's ops are built for one torch, so they live and die with the environment that holds it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test setup check clean
+.PHONY: train test setup check corpus clean
 
 train: $(VENV)/.ready
 	python -m launch.run $(CONFIG) --run_dir $(RUN_DIR)
@@ -26,6 +28,11 @@ check: $(VENV)/.ready-check
 	mypy
 	codespell
 	python -m pytest tests/unit/test_layers.py
+
+# Real text at the size of a small study: Debian's documentation, fetched by apt-get (no root), kept in data/debian.
+corpus: $(VENV)/.ready
+	python -m tools.fetch_corpus --out data/debian
+	python -m tools.prepare_data --input data/debian/text --out $(CORPUS) --vocab_size $(CORPUS_VOCAB)
 
 # deepspeed's own set-up imports torch, so torch comes first and build isolation is off. shm_comm is what DeepSpeed needs
 # for ranks on the CPU: built here once, before two ranks could build it at the same time.

@@ -359,7 +359,7 @@ def prepare(request: Request) -> None:
                 raise DataError(f"{request.out}: the texts changed while they were read. Run the same command again.")
             draft.rename(request.out)
         except DataError:
-            shutil.rmtree(draft)  # no repetition helps; after any other fault one goes on
+            shutil.rmtree(draft)  # refused: nothing to go on with. After any other fault the next attempt goes on.
             raise
         except OSError:  # a process that this one's lock does not reach, on another machine, may have been first
             if not is_prepared(request, given, corpus):
