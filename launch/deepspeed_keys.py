@@ -244,3 +244,18 @@ def refuse_unknown(key: str, known: list[str]) -> NoReturn:
     else:
         hint = "DeepSpeed has none of that name; what is moelab's own stands under run."
     raise ConfigError(f"{key} is not a known key. {hint}") from None
+
+
+def stated(section: dict[str, Any], name: str, way_out: str, parent: str = "") -> Any:
+    """The value of a key that has no default here."""
+    if section.get(name) is None:
+        raise ConfigError(f"{parent}{name} is missing. {way_out}")
+    return section[name]
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -19,7 +19,8 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from launch.data_config import DataConfig
-from launch.deepspeed_keys import check_deepspeed_keys, refuse_unknown
+from launch.deepspeed_keys import check_deepspeed_keys, is_integer, is_number, refuse_unknown, stated
+from launch.optimizer_settings import refuse_optimizer
 from launch.zero_settings import refuse_zero_settings
 from model.config import ActivationCheckpointing, ConfigError, ModelConfig, Section
 from model.flops import count_parameters
@@ -428,7 +429,7 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             f"scheduler.type={json.dumps(tree['scheduler'].get('type'))} has no place here: run.train.schedule sets "
             "the learning rate. Remove the scheduler section."
         )
-    refuse_optimizer(tree, run)
+    refuse_optimizer(tree, has_experts=run.model.moe is not None, router_optimizer=run.train.router_optimizer)
     bf16 = tree.get("bf16", {}).get("enabled", False)
     if not isinstance(bf16, bool):
         raise ConfigError(f"bf16.enabled={json.dumps(bf16)}: should be true or false.")
@@ -440,88 +441,3 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             raise ConfigError(f"{name}.enabled={json.dumps(tree[name]['enabled'])} is not supported. {way_out}.")
 
     refuse_zero_settings(tree, run.model.moe is not None, run.train.activation_checkpointing)
-
-
-OPTIMIZER_PARAMS = {
-    "AdamW": ("lr", "betas", "eps", "weight_decay"),
-    "Muon": ("lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay"),
-}
-
-
-def refuse_optimizer(tree: dict[str, Any], run: RunSection) -> None:
-    """Refuse optimizer settings that are unknown, out of range, or would be silently wrong."""
-    optimizer = stated(tree, "optimizer", 'State one, such as {"type": "AdamW", "params": {"lr": 3e-4}}.')
-    kind = stated(optimizer, "type", "Use 'AdamW' or 'Muon'.", parent="optimizer.")
-    if kind not in OPTIMIZER_PARAMS:
-        raise ConfigError(f"optimizer.type={json.dumps(kind)} is not supported. Use 'AdamW' or 'Muon'.")
-    params = optimizer.get("params", {})
-    for name in params:
-        if name not in OPTIMIZER_PARAMS[kind]:
-            refuse_unknown(f"optimizer.params.{name}", list(OPTIMIZER_PARAMS[kind]))
-    for name in ("lr", "muon_lr", "adam_lr", "eps", "weight_decay"):
-        if name in params and (not is_number(params[name]) or params[name] < 0):
-            raise ConfigError(f"optimizer.params.{name}={json.dumps(params[name])}: should be a number of at least 0.")
-    betas = params.get("betas", [0.9, 0.999])
-    if not (isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)):
-        raise ConfigError(f"optimizer.params.betas={json.dumps(betas)}: should be two numbers in [0, 1).")
-    if kind == "Muon":
-        refuse_muon(tree, params, run)
-        return
-    stated(params, "lr", "State the peak learning rate.", parent="optimizer.params.")
-    if run.train.router_optimizer is not None:
-        raise ConfigError(
-            f"run.train.router_optimizer={run.train.router_optimizer!r} has no effect with optimizer.type='AdamW'. "
-            "Remove it, or use optimizer.type='Muon'."
-        )
-
-
-def refuse_muon(tree: dict[str, Any], params: dict[str, Any], run: RunSection) -> None:
-    both = "muon_lr" in params and "adam_lr" in params
-    if "lr" in params and both:
-        raise ConfigError(
-            f"optimizer.params.lr={params['lr']} has no effect beside muon_lr and adam_lr. Remove it, or one of them."
-        )
-    if not both:
-        stated(params, "lr", "State it, or both muon_lr and adam_lr.", parent="optimizer.params.")
-    momentum, method = params.get("momentum", 0.95), params.get("ns_method", "gram")
-    if not is_number(momentum) or not 0 <= momentum < 1:
-        raise ConfigError(f"optimizer.params.momentum={json.dumps(momentum)}: should be a number in [0, 1).")
-    if method not in ("gram", "standard"):
-        raise ConfigError(f"optimizer.params.ns_method={json.dumps(method)}: should be 'gram' or 'standard'.")
-    if tree["gradient_clipping"] != 0:
-        raise ConfigError(
-            f"gradient_clipping={tree['gradient_clipping']} with optimizer.type='Muon': deepspeed 0.19.8 would scale "
-            "the updates that Muon has already orthogonalised, not the gradients. Use gradient_clipping=0."
-        )
-    zero = tree.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (1, 2):
-        raise ConfigError(
-            f"zero_optimization.stage={zero.get('stage', 0)} with optimizer.type='Muon' is not supported. Use 1 or 2."
-        )
-    if tree.get("data_types", {}).get("grad_accum_dtype") not in (None, "bf16", "bfloat16") and (
-        zero["stage"] == 1 and tree.get("bf16", {}).get("enabled")
-    ):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype={json.dumps(tree['data_types']['grad_accum_dtype'])} with "
-            "optimizer.type='Muon' and bf16 under ZeRO-1 is refused by deepspeed 0.19.8. Remove it, or use "
-            "zero_optimization.stage=2."
-        )
-    if run.train.router_optimizer is not None and run.model.moe is None:
-        raise ConfigError(
-            f"run.train.router_optimizer={run.train.router_optimizer!r} has no effect in a dense model. Remove it."
-        )
-
-
-def stated(section: dict[str, Any], name: str, way_out: str, parent: str = "") -> Any:
-    """The value of a key that has no default here."""
-    if section.get(name) is None:
-        raise ConfigError(f"{parent}{name} is missing. {way_out}")
-    return section[name]
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
