@@ -12,7 +12,7 @@ CORPUS_VOCAB ?= 32768
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test setup check corpus clean
+.PHONY: train test setup check hooks corpus clean
 
 train: $(VENV)/.ready
 	python -m launch.run $(CONFIG) --run_dir $(RUN_DIR)
@@ -27,7 +27,10 @@ check: $(VENV)/.ready-check
 	ruff format --check .
 	mypy
 	codespell
-	python -m pytest tests/unit/test_layers.py
+	python -m pytest tests/unit/test_layers.py tests/unit/test_describe_keys.py
+
+hooks: $(VENV)/.ready-check
+	pre-commit install
 
 # Real text at the size of a small study: Debian's documentation, fetched by apt-get (no root), kept in data/debian.
 corpus: $(VENV)/.ready

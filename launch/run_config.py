@@ -32,25 +32,25 @@ DEFAULT_CONFIG = REPO_ROOT / "ds_configs" / "moe_d12.json"
 class TrainConfig(Section):
     """`run.train`: horizon, learning-rate schedule, and how often to look at the run."""
 
-    num_steps: int | None = Field(default=None, ge=1)
-    target_tokens: int | None = Field(default=None, ge=1)
-    tokens_per_active_param: float | None = Field(default=None, gt=0)
-    stop_at_step: int | None = Field(default=None, ge=1)
+    num_steps: int | None = Field(default=None, ge=1)  # optimizer steps
+    target_tokens: int | None = Field(default=None, ge=1)  # or as many steps as this many tokens fill
+    tokens_per_active_param: float | None = Field(default=None, gt=0)  # or tokens by active matmul parameters
+    stop_at_step: int | None = Field(default=None, ge=1)  # end here, saved; the schedule stays that of the whole run
     schedule: Literal["constant", "wsd", "cosine", "linear"] = "wsd"  # wsd: warm up, stay at the peak, decay
     warmup_steps: int = Field(default=0, ge=0)  # linear, from 1/warmup_steps of the peak
     decay_frac: float = Field(default=0.2, gt=0, le=1)  # of all steps: the last ones, over which wsd decays
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"  # of wsd's decay
     final_lr_frac: float = Field(default=0.0, ge=0, le=1)  # of the peak: where the decay would end
     router_optimizer: Literal["muon", "adamw"] | None = None  # of the gates, with Muon; default there: muon
-    eval_every: int | None = Field(default=None, ge=1)  # besides step 0 and the last
-    save_every: int | None = Field(default=None, ge=1)  # besides the last
-    keep_last: int = Field(default=2, ge=1)
-    sample_every: int | None = Field(default=None, ge=1)  # besides the last
-    sample_prompt: str = Field(default="The state of the Union", min_length=1)
-    sample_tokens: int = Field(default=48, ge=0)
-    log_every: int = Field(default=10, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)  # steps between validations, besides step 0 and the last
+    save_every: int | None = Field(default=None, ge=1)  # steps between checkpoints, besides the last
+    keep_last: int = Field(default=2, ge=1)  # checkpoints; older ones are deleted
+    sample_every: int | None = Field(default=None, ge=1)  # steps between samples of text, besides the last
+    sample_prompt: str = Field(default="The state of the Union", min_length=1)  # what the samples continue
+    sample_tokens: int = Field(default=48, ge=0)  # in a sample; 0: no samples
+    log_every: int = Field(default=10, ge=1)  # steps between lines of metrics, besides the first
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,7 +78,7 @@ HORIZONS = ("num_steps", "target_tokens", "tokens_per_active_param")
 class LaunchConfig(Section):
     """`run.launch`: what launch.run starts. Inside train.py the world size wins; ep_size must divide it."""
 
-    num_nodes: int = Field(default=1, ge=1)
+    num_nodes: int = Field(default=1, ge=1)  # machines
     num_gpus: int | Literal["auto"] = "auto"  # per node; auto: as many as are there and divide the batch
     ep_size: int | Literal["auto", "max"] = "auto"  # auto: the smallest that fits; max: the largest that divides
     hostfile: str | None = Field(default=None, min_length=1)  # "host slots=N" lines, for pdsh; without: Slurm's nodes
@@ -106,12 +106,12 @@ class LaunchConfig(Section):
 class WandbConfig(Section):
     """`run.wandb`: Weights & Biases, from rank 0. auto: online with a key, offline without one."""
 
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "moelab"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None  # default: the run folder's name
-    tags: list[str] = Field(default_factory=list)
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
+    project: str = "moelab"  # where the run appears
+    entity: str | None = None  # the team or user; default: that of the key
+    group: str | None = None  # runs to be shown together
+    name: str | None = None  # of the run; default: the run folder's
+    tags: list[str] = Field(default_factory=list)  # to filter runs by
 
 
 class RunSection(Section):

@@ -50,15 +50,15 @@ class Section(BaseModel):
 class MoEConfig(Section):
     """`run.model.moe`: which blocks have experts, how tokens reach them, how their load is balanced."""
 
-    num_experts: int = Field(ge=1)
-    top_k: int = Field(default=2, ge=1)
+    num_experts: int = Field(ge=1)  # in a layer, over all ranks
+    top_k: int = Field(default=2, ge=1)  # experts that a token goes to
     layer_freq: int = Field(default=1, ge=1)  # every layer_freq-th block has experts, the last block of each such run
-    ffn_hidden_size: int = Field(ge=1)
-    capacity_factor: float = Field(default=1.0, ge=0)  # 0 = dropless
-    eval_capacity_factor: float = Field(default=0.0, ge=0)  # dropless: val/bpb must not depend on the batch it sits in
-    min_capacity: int = Field(default=4, ge=1)
-    balance: Literal["aux_loss", "none"] = "aux_loss"
-    aux_loss_coeff: float = Field(default=0.02, ge=0)
+    ffn_hidden_size: int = Field(ge=1)  # width of an expert
+    capacity_factor: float = Field(default=1.0, ge=0)  # slots of an expert over tokens * top_k / experts; 0: dropless
+    eval_capacity_factor: float = Field(default=0.0, ge=0)  # 0: val/bpb must not depend on the batch around it
+    min_capacity: int = Field(default=4, ge=1)  # slots of an expert at the least
+    balance: Literal["aux_loss", "none"] = "aux_loss"  # what keeps the load of the experts even
+    aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,22 +77,22 @@ class MoEConfig(Section):
 class ModelConfig(Section):
     """`run.model`: a decoder-only transformer, dense when `moe` is absent."""
 
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)  # transformer blocks
+    hidden_size: int = Field(ge=1)  # width of the residual stream
     ffn_hidden_size: int | None = Field(default=None, ge=1)  # width of dense MLPs; required where there are any
-    num_attention_heads: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)  # of hidden_size / num_attention_heads channels each
     num_kv_heads: int | None = Field(default=None, ge=1)  # default: num_attention_heads
-    seq_len: int = Field(ge=1)
-    vocab_size: int = Field(ge=2)
-    activation: Literal["relu2", "swiglu"] = "relu2"
-    norm_affine: bool = False
+    seq_len: int = Field(ge=1)  # tokens in a sequence
+    vocab_size: int = Field(ge=2)  # token ids; at least those of the data
+    activation: Literal["relu2", "swiglu"] = "relu2"  # of MLPs and experts: relu squared or SwiGLU
+    norm_affine: bool = False  # RMSNorm with a weight per channel
     embedding_norm: bool = True  # RMSNorm right after the token embedding
-    qk_norm: bool = True
-    value_embeddings: bool = False
-    logit_softcap: float | None = Field(default=None, gt=0)
-    tie_embeddings: bool = False
-    rope_theta: float = Field(default=10000.0, gt=0)
-    moe: MoEConfig | None = None
+    qk_norm: bool = True  # RMSNorm of queries and keys
+    value_embeddings: bool = False  # of tokens, added to the values in every second block
+    logit_softcap: float | None = Field(default=None, gt=0)  # logits bent into (-softcap, softcap) by tanh
+    tie_embeddings: bool = False  # the head is the token embedding
+    rope_theta: float = Field(default=10000.0, gt=0)  # base of the rotary frequencies
+    moe: MoEConfig | None = None  # without it the model is dense
 
     @property
     def kv_heads(self) -> int:
