@@ -282,7 +282,7 @@ class Trainer:
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
             metrics = {}
-            if saving or self.step == 1 or self.is_due(train.log_every):
+            if saving or self.step == 1 or self.is_due(train.log_every) or self.engine.skipped_steps:
                 metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
@@ -366,10 +366,8 @@ class Trainer:
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
         self.refuse_not_finite(metrics)
-        if (
-            True in lr
-        ):  # the norm that deepspeed 0.19.8 has is then that of Muon's updates: finite or not is all it says
-            metrics.pop("train/grad_norm", None)
+        if True in lr:
+            metrics.pop("train/grad_norm", None)  # of Muon's updates (deepspeed 0.19.8): finite or not is all it says
         self.peak_memory_mib = max_over_ranks(peak_memory_mib(self.engine.device), self.engine.device)
         metrics |= {
             "train/tokens": float(self.step * self.run.tokens_per_step),
@@ -379,7 +377,7 @@ class Trainer:
         return metrics | self.speed(self.timer.since_last_call()) | self.gpu_monitor.since_last_call()
 
     def refuse_not_finite(self, metrics: dict[str, float]) -> None:
-        """Raise NotFinite on every rank alike. A gradient that is not finite is skipped in bf16 and applied in fp32."""
+        """Raise NotFinite on every rank alike. ZeRO skips the update of a gradient that is not finite and counts it."""
         for name in ("train/loss", "train/grad_norm", "val/loss"):
             if name in metrics and not math.isfinite(metrics[name]):
                 raise NotFinite(f"{name}={metrics[name]} at step {self.step}; last saved: {self.last_saved()}")
@@ -468,6 +466,8 @@ class Trainer:
         )
         peak = "unknown, so no MFU" if self.peak_flops is None else f"{self.peak_flops / 1e12:.0f} TFLOP/s"
         self.log.say(f"device: {self.device_name}, BF16 peak {peak}")
+        if not on_gpu() and self.engine.bfloat16_enabled() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.log.say("this processor has no bf16 instructions: fp32 (--set bf16.enabled=false) is far faster")
         if self.resume_from is not None:
             self.log.say(f"continued from {self.resume_from}")
 

@@ -151,6 +151,11 @@ UNSUPPORTED_KEYS = {
     "activation_checkpointing": "run.train.activation_checkpointing says what blocks keep",
     "compile": "engine.compile is not called, so it would have no effect",
     "data_types.buffer_dtype": "it would round the rotary tables, which stay in fp32",
+    "data_types.param_dtype": "bf16 says the precision",
+    "aio": "nothing is moved to NVMe, so it would have no effect",
+    "weight_quantization": "it is for models that DeepSpeed serves",
+    "seq_parallel_communication_data_type": "sequences are not split among ranks",
+    "zero_optimization.leaf_module": "it is for models with experts under ZeRO-3",
     "gradient_allreduce_op": "gradients are averaged over the ranks",
     "managed_gradient_accumulation": "accumulation is DeepSpeed's to count",
     "optimizer.legacy_fusion": "the optimizer is torch's AdamW, so it would have no effect",
@@ -190,6 +195,36 @@ UNSUPPORTED_KEYS = {
     "zero_optimization.legacy_stage1": "deepspeed 0.19.8 has no other stage 1",
 }
 
+# Keys that may say what they would say by default, and why nothing else.
+DEFAULT_ONLY: dict[str, tuple[Any, str]] = {
+    **{
+        name: (default, "gradients are averaged over the ranks, and ZeRO-1 would ignore it")
+        for name, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0))
+    },
+    "disable_allgather": (False, "weights are gathered by ZeRO"),
+    "bf16.check_grad_overflow": (True, "an update that is not finite would be applied"),
+    **{
+        f"bf16.{name}": (False, "the optimizer keeps weights and moments in fp32")
+        for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    },
+    "checkpoint.load_universal": (False, "DeepSpeed's universal checkpoints do not hold experts"),
+    "checkpoint.use_node_local_storage": (False, "a checkpoint is one folder that all ranks see"),
+    "zero_optimization.elastic_checkpoint": (False, "deepspeed 0.19.8 saves with it what it cannot resume"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": (False, "ZeRO-1 and 2 keep it there anyway"),
+}
+BOOLEANS = [
+    *"disable_python_gc dump_state memory_breakdown wall_clock_breakdown zero_allow_untested_optimizer".split(),
+    *(
+        f"zero_optimization.{name}"
+        for name in (
+            "allgather_partitions contiguous_gradients ignore_unused_parameters load_from_fp32_weights overlap_comm "
+            "reduce_scatter round_robin_gradients use_multi_rank_bucket_allreduce"
+        ).split()
+    ),
+]
+SIZES = ["steps_per_print", "zero_optimization.allgather_bucket_size", "zero_optimization.reduce_bucket_size"]
+DTYPE_KEYS, DTYPES = ("communication_data_type", "data_types.grad_accum_dtype"), ("fp32", "float32", "bf16", "bfloat16")
+
 
 def check_deepspeed_keys(tree: dict[str, Any], our_keys: tuple[str, ...]) -> None:
     """Refuse keys of `tree`, DeepSpeed's part of a run file, that DeepSpeed does not read or a run cannot use.
@@ -218,6 +253,24 @@ def check_section(section: dict[str, Any], known: Keys, parent: str) -> None:
             raise ConfigError(f"{key}={json.dumps(value)}: should be an object. Remove it, or write {{...}}.")
         if inner:
             check_section(value, inner, key)
+
+
+def check_deepspeed_values(tree: dict[str, Any], parent: str = "") -> None:
+    """Refuse values of known keys that DeepSpeed would end with a traceback for, or that a run cannot use."""
+    for name, value in tree.items():
+        key = f"{parent}.{name}" if parent else name
+        stated = f"{key}={json.dumps(value)}"
+        if isinstance(value, dict):
+            check_deepspeed_values(value, key)
+        if key in DEFAULT_ONLY and value != DEFAULT_ONLY[key][0]:
+            default, why = DEFAULT_ONLY[key]
+            raise ConfigError(f"{stated} is not supported: {why}. Remove it, or use {json.dumps(default)}.")
+        if key in BOOLEANS and not isinstance(value, bool):
+            raise ConfigError(f"{stated}: should be true or false.")
+        if key in SIZES and not (is_number(value) and value >= 1):
+            raise ConfigError(f"{stated}: should be a number of at least 1.")
+        if key in DTYPE_KEYS and value not in DTYPES:
+            raise ConfigError(f"{stated}: should be 'fp32' or 'bf16'.")
 
 
 def new_names(key: str) -> set[str]:

@@ -170,7 +170,7 @@ class GpuMonitor:
             for gpu in gpus:
                 try:
                     value = float(gauge.read(gpu))
-                except pynvml.NVMLError_NotSupported:
+                except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
                     continue
                 with self.lock:
                     for tallies in (self.recent, self.whole):

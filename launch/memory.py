@@ -1,8 +1,9 @@
 """How much memory one rank needs: an estimate from the configuration alone, good enough to choose an ep_size.
 
 weights and gradients   2 bytes each in bf16, 4 in fp32; a rank holds its share of the experts
-optimizer               12 bytes per parameter (fp32 master and two moments), divided among the ranks that hold a copy;
-                        nothing where it is offloaded to the host, whose memory is not counted
+optimizer               12 bytes per parameter (fp32 master and two moments; too many for Muon, which has one), divided
+                        among the ranks that hold a copy; nothing where it is offloaded to the host, whose memory is not
+                        counted
 activations             what the backward pass keeps per token and layer, plus the logits in fp32
 
 ZeRO-2 divides gradients too, and ZeRO-3 weights; what ZeRO-3 has gathered at a time is counted beside them.

@@ -19,7 +19,14 @@ from typing import Any, Literal, NoReturn, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from launch.data_config import DataConfig
-from launch.deepspeed_keys import check_deepspeed_keys, is_integer, is_number, refuse_unknown, stated
+from launch.deepspeed_keys import (
+    check_deepspeed_keys,
+    check_deepspeed_values,
+    is_integer,
+    is_number,
+    refuse_unknown,
+    stated,
+)
 from launch.optimizer_settings import refuse_optimizer
 from launch.zero_settings import refuse_zero_settings
 from model.config import ActivationCheckpointing, ConfigError, ModelConfig, Section
@@ -202,7 +209,7 @@ def with_router_optimizer(run_tree: dict[str, Any], tree: dict[str, Any]) -> dic
     train, model = run_tree.get("train"), run_tree.get("model")
     uses_muon = tree.get("optimizer", {}).get("type") == "Muon"
     if uses_muon and isinstance(train, dict) and isinstance(model, dict) and model.get("moe") is not None:
-        return {**run_tree, "train": {"router_optimizer": "muon", **train}}
+        return {**run_tree, "train": {**train, "router_optimizer": train.get("router_optimizer") or "muon"}}
     return run_tree
 
 
@@ -410,6 +417,7 @@ def known_keys(section: type[BaseModel], location: list[str]) -> list[str]:
 
 def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
     """Refuse DeepSpeed settings that would be wrong, silently ineffective or unsupported in this run."""
+    check_deepspeed_values(tree)
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         value = stated(tree, name, "State it, in sequences.")
         if not is_integer(value) or value < 1:
@@ -433,6 +441,12 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
     bf16 = tree.get("bf16", {}).get("enabled", False)
     if not isinstance(bf16, bool):
         raise ConfigError(f"bf16.enabled={json.dumps(bf16)}: should be true or false.")
+    dtype = tree.get("data_types", {}).get("grad_accum_dtype")
+    if dtype is not None and not bf16:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype={json.dumps(dtype)}: gradients of a run in fp32 are accumulated in fp32. "
+            "Remove it, or use bf16."
+        )
     for name, way_out in (
         ("fp16", "Use bf16, or neither for fp32"),
         ("expert_parallel", "That is DeepSpeed's AutoEP; set run.launch.ep_size and run.model.moe instead"),

@@ -45,6 +45,12 @@ def refuse_zero_settings(tree: dict[str, Any], moe: bool, activation_checkpointi
         raise ConfigError(
             "zero_optimization.stage=3 is not supported: DeepSpeed's MoE layer does not run under ZeRO-3. Use 1 or 2."
         )
+    for name in ("contiguous_gradients", "reduce_scatter"):
+        if moe and tree.get("zero_optimization", {}).get(name) is False:
+            raise ConfigError(
+                f"zero_optimization.{name}=false is not supported with experts: deepspeed 0.19.8 then trains shared "
+                "experts on wrong gradients, or refuses. Remove it."
+            )
     if stage == 3:
         refuse_at_stage_3(tree, activation_checkpointing)
     refuse_offload(tree, stage)
@@ -58,12 +64,6 @@ def refuse_at_stage_3(tree: dict[str, Any], activation_checkpointing: Activation
             "run.train.activation_checkpointing='selective' is not supported at zero_optimization.stage=3: ZeRO-3 "
             "gathers weights while a block is computed again. Use 'block' or 'none', or stage 1 or 2."
         )
-    for name, harmless in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
-        if tree.get(name, harmless) != harmless:
-            raise ConfigError(
-                f"{name}={json.dumps(tree[name])} is refused by deepspeed 0.19.8 at zero_optimization.stage=3. "
-                "Remove it, or use stage 1 or 2."
-            )
     for name in ("stage3_module_granularity_threshold", "module_granularity_threshold"):
         threshold = tree["zero_optimization"].get(name, 0)
         if threshold:
@@ -103,7 +103,3 @@ def refuse_offload(tree: dict[str, Any], stage: int) -> None:
             f"data_types.grad_accum_dtype={json.dumps(dtype)} has no effect with offload_optimizer at "
             "zero_optimization.stage=1 (deepspeed 0.19.8). Remove it, or use stage 2."
         )
-    for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if tree.get("bf16", {}).get(name) and (offloads(tree) or stage == 3):
-            where = "with offload_optimizer" if offloads(tree) else "at zero_optimization.stage=3"
-            raise ConfigError(f"bf16.{name}=true needs DeepSpeed's own CPU Adam {where}. Remove it.")

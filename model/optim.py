@@ -5,7 +5,8 @@
     embeddings, value embeddings, lm_head, norms    adamw
 
 Muon is DeepSpeed's (Jordan et al., kellerjordan.github.io/posts/muon), AdamW is torch's. Decay is for what multiplies:
-not for embeddings, and not for norms.
+not for embeddings, and not for norms. Muon's momentum has the type of the gradients that DeepSpeed hands it: bf16 in a
+bf16 run, fp32 where the update is offloaded to the host (deepspeed 0.19.8).
 """
 
 from __future__ import annotations

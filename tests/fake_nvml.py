@@ -14,10 +14,15 @@ class NVMLError_NotSupported(NVMLError):
     pass
 
 
+class NVMLError_NoPermission(NVMLError):
+    pass
+
+
 class FakeNvml:
     """Two GPUs, "GPU-a" and "MIG-b"; utilisation 40 and 60 percent, memory 1000 and 3000 MiB, 50 and 70 degrees."""
 
     NVMLError, NVMLError_NotSupported = NVMLError, NVMLError_NotSupported
+    NVMLError_NoPermission = NVMLError_NoPermission
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
     def __init__(

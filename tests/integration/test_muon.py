@@ -2,6 +2,7 @@
 
 Each expert is orthogonalised on its own, gradients are those of all ranks and micro-steps, and parameters that AdamW
 updates are not orthogonalised. After three steps weights agree to 1e-5; an update is about lr / sqrt(width) = 4e-3.
+Neither optimizer feels the scale of a gradient; test_expert_parallelism.py and test_zero_and_memory.py compare norms.
 """
 
 from __future__ import annotations

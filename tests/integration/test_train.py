@@ -187,6 +187,14 @@ def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path)
     assert all(value.isfinite().all() for value in weights(run_dir, int(last_saved.removeprefix("step_"))).values())
 
 
+def test_an_update_that_is_skipped_between_logged_steps_ends_the_run_at_once(tmp_path: Path) -> None:
+    settings = ("optimizer.params.lr=1e30", "gradient_clipping=0", "run.train.log_every=9")
+    done = train(1, tmp_path / "run", "--set", *settings)
+    assert done.returncode == 4
+    assert summary(tmp_path / "run")["status"] == "nan"
+    assert summary(tmp_path / "run")["step"] == 2, "the first update is finite and enormous"
+
+
 def test_a_dense_model_trains_and_reports_no_routing(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = train(1, run_dir, "--set", "run.model.moe=null", "run.model.ffn_hidden_size=64", "run.launch.ep_size=1")

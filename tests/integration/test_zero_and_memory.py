@@ -29,7 +29,8 @@ from model.optim import build_optimizer
 from ranks import RankPool
 
 STEPS = 3
-OPTIMIZER = {"lr": LR, "weight_decay": 0.1}
+OPTIMIZER: dict[str, Any] = {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}}
+MUON: dict[str, Any] = {"type": "Muon", "params": {"lr": LR, "weight_decay": 0.1}}
 OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_ALL = {**OFFLOAD, "offload_param": {"device": "cpu"}}
 # DeepSpeed keeps parameters of fewer elements than this whole: by default all that a tiny model has
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     ep_size: int = 1
     activation_checkpointing: ActivationCheckpointing = "none"
     bf16: bool = False
+    muon: bool = False
 
     def config(self) -> ModelConfig:
         tiny = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json").model
@@ -76,12 +78,13 @@ def start_engine(case: Case) -> Any:
     config = {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": CLIP,
+        "gradient_clipping": 0.0 if case.muon else CLIP,
         "bf16": {"enabled": case.bf16},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": case.zero,
     }
-    optimizer = build_optimizer(model, OPTIMIZER, fused=offloads(config))
+    section, router_optimizer = (MUON, "muon") if case.muon else (OPTIMIZER, None)
+    optimizer = build_optimizer(model, section, router_optimizer, fused=offloads(config))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
@@ -349,6 +352,8 @@ def save_in_the_middle(case: Case, folder: Path) -> list[dict[str, Any]]:
     [
         Case("MOE", {"stage": 1, **OFFLOAD}, 1, "none", True),
         Case("MOE", {"stage": 2, **OFFLOAD}, 2),
+        Case("MOE", {"stage": 1}, 2, bf16=True, muon=True),  # momentum in bf16, loaded as fp32
+        Case("MOE", {"stage": 2, **OFFLOAD}, 1, muon=True),  # momentum in a flat partition
         Case("DENSE", PARTITIONED, 1, "none", True),
         Case("DENSE", {**PARTITIONED, **OFFLOAD_ALL}),
         Case("TIED", PARTITIONED),

@@ -160,12 +160,12 @@ def test_the_value_of_set_is_json_else_a_string(tmp_path: Path) -> None:
         "run.model.qk_norm=false",
         'run.wandb.group="7"',
         "optimizer.params.lr=1e-3",
-        'zero_optimization={"reduce_scatter": false}',
+        'zero_optimization={"overlap_comm": false}',
     )
     assert (run.wandb.name, run.wandb.tags, run.wandb.group) == ("a name with = in it", ["a", "b"], "7")
     assert run.model.qk_norm is False
     assert run.deepspeed["optimizer"]["params"]["lr"] == 1e-3
-    assert run.deepspeed["zero_optimization"] == {"stage": 1, "reduce_scatter": False}
+    assert run.deepspeed["zero_optimization"] == {"stage": 1, "overlap_comm": False}
 
 
 def test_set_makes_the_sections_on_its_path_and_null_deletes(tmp_path: Path) -> None:
@@ -221,6 +221,9 @@ def test_muon_updates_the_gates_unless_the_file_says_otherwise(tmp_path: Path) -
     resolved = load(tmp_path, muon()).resolved["run"]["train"]
     assert resolved["router_optimizer"] == "muon"
     assert load(tmp_path, muon(), "run.train.router_optimizer=adamw").train.router_optimizer == "adamw"
+    null = merge_patch(VALID, muon())
+    null["run"]["train"]["router_optimizer"] = None
+    assert load_run(write(tmp_path / "null.json", null)).train.router_optimizer == "muon"
     dense = muon(run={"model": {"moe": None, "ffn_hidden_size": 64}})
     assert load(tmp_path, dense).train.router_optimizer is None
     assert load(tmp_path, {}).train.router_optimizer is None
@@ -615,6 +618,44 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "Remove it.",
     ),
     # not supported
+    (
+        {"prescale_gradients": True},
+        "prescale_gradients=true is not supported: gradients are averaged over the ranks, and ZeRO-1 would ignore it. "
+        "Remove it, or use false.",
+    ),
+    (
+        {"bf16": {"enabled": True, "check_grad_overflow": False}},
+        "bf16.check_grad_overflow=false is not supported: an update that is not finite would be applied. Remove it, or "
+        "use true.",
+    ),
+    (
+        {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
+        "bf16.bf16_optimizer_states=true is not supported: the optimizer keeps weights and moments in fp32. Remove it, "
+        "or use false.",
+    ),
+    (
+        {"zero_optimization": {"elastic_checkpoint": True}},
+        "zero_optimization.elastic_checkpoint=true is not supported: deepspeed 0.19.8 saves with it what it cannot "
+        "resume. Remove it, or use false.",
+    ),
+    (
+        {"checkpoint": {"load_universal": True}},
+        "checkpoint.load_universal=true is not supported: DeepSpeed's universal checkpoints do not hold experts. "
+        "Remove it, or use false.",
+    ),
+    (
+        {"zero_optimization": {"contiguous_gradients": False}},
+        "zero_optimization.contiguous_gradients=false is not supported with experts: deepspeed 0.19.8 then trains "
+        "shared experts on wrong gradients, or refuses. Remove it.",
+    ),
+    ({"zero_optimization": {"overlap_comm": "yes"}}, 'zero_optimization.overlap_comm="yes": should be true or false.'),
+    ({"steps_per_print": "x"}, 'steps_per_print="x": should be a number of at least 1.'),
+    ({"communication_data_type": "float99"}, "communication_data_type=\"float99\": should be 'fp32' or 'bf16'."),
+    (
+        {"data_types": {"grad_accum_dtype": "bf16"}},
+        'data_types.grad_accum_dtype="bf16": gradients of a run in fp32 are accumulated in fp32. Remove it, or use '
+        "bf16.",
+    ),
     (
         {"scheduler": {"type": "WarmupLR"}},
         'scheduler.type="WarmupLR" has no place here: run.train.schedule sets the learning rate. '

@@ -47,7 +47,7 @@ NO_NVME = "nothing is moved to NVMe, so it would have no effect. Remove it."
         # as files of other projects have them, at whatever stage
         ["zero_optimization.offload_optimizer.device=none", "zero_optimization.offload_param.device=none"],
         [stage(2), "zero_optimization.stage3_gather_16bit_weights_on_model_save=true"],
-        [stage(2), *OFFLOAD, "data_types.grad_accum_dtype=fp32"],
+        [stage(2), *OFFLOAD, "bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
         [stage(2), "zero_optimization.stage3_max_live_parameters=1e9"],
         [stage(2), "run.train.activation_checkpointing=selective"],
     ],
@@ -72,16 +72,6 @@ def test_what_works_is_let_through(assignments: list[str]) -> None:
             [stage(3), *DENSE, "run.train.activation_checkpointing=selective"],
             "run.train.activation_checkpointing='selective' is not supported at zero_optimization.stage=3: ZeRO-3 "
             "gathers weights while a block is computed again. Use 'block' or 'none', or stage 1 or 2.",
-        ),
-        (
-            [stage(3), *DENSE, "prescale_gradients=true"],
-            "prescale_gradients=true is refused by deepspeed 0.19.8 at zero_optimization.stage=3. Remove it, or use "
-            "stage 1 or 2.",
-        ),
-        (
-            [stage(3), *DENSE, "gradient_predivide_factor=2.0"],
-            "gradient_predivide_factor=2.0 is refused by deepspeed 0.19.8 at zero_optimization.stage=3. Remove it, or "
-            "use stage 1 or 2.",
         ),
         (
             [stage(3), *DENSE, "zero_optimization.stage3_module_granularity_threshold=1000"],
@@ -123,11 +113,7 @@ def test_what_works_is_let_through(assignments: list[str]) -> None:
         ),
         (["zero_optimization.zenflow={}"], f"zero_optimization.zenflow is not supported: {NEEDS_CPU_ADAM}"),
         (
-            [*OFFLOAD, 'bf16={"enabled": true, "bf16_master_weights_and_grads": true}'],
-            "bf16.bf16_master_weights_and_grads=true needs DeepSpeed's own CPU Adam with offload_optimizer. Remove it.",
-        ),
-        (
-            [*OFFLOAD, "data_types.grad_accum_dtype=fp32"],
+            [*OFFLOAD, "bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
             'data_types.grad_accum_dtype="fp32" has no effect with offload_optimizer at zero_optimization.stage=1 '
             "(deepspeed 0.19.8). Remove it, or use stage 2.",
         ),
