@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -90,6 +89,7 @@ def train_on_this_rank(config: Path, run_dir: Path, assignments: list[str]) -> i
 
     import train
     from launch.begin import Start
+    from launch.command_line import parse_train_arguments
     from launch.run_config import load_run
     from launch.run_dir import decide_beginning
     from launch.topology import resolve_topology
@@ -97,6 +97,6 @@ def train_on_this_rank(config: Path, run_dir: Path, assignments: list[str]) -> i
     rank, world_size = dist.get_rank(), dist.get_world_size()
     run = load_run(config, assignments)
     beginning = decide_beginning(run_dir, run.config_hash, "auto")
-    args = argparse.Namespace(run_dir=run_dir, refusal_file=None)
+    args = parse_train_arguments(["--config", str(config), "--run_dir", str(run_dir)])
     dist.barrier()  # all have looked at the folder before one of them writes to it
     return train.main(Start(args, run, resolve_topology(run, 1, world_size), beginning, rank, rank))
