@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from model.config import DataError
 from model.data import TokenFileWriter, Tokenizer, token_dtype, write_durably
 from model.text import Document, read_texts
 
@@ -41,6 +42,7 @@ class Texts:
     files: list[Path]
     text_key: str
     tokenizer: Path
+    tokenizer_name: str  # what the user knows it by
     eod_token: str
     val_frac: float
 
@@ -53,6 +55,14 @@ class Place(NamedTuple):
 
 
 START = Place(0, 0)
+
+
+class Chunk(NamedTuple):
+    """Documents that are encoded together."""
+
+    texts: list[str]
+    first: str  # the name of the first of them
+    end: Place
 
 
 class Encoded(NamedTuple):
@@ -133,36 +143,39 @@ def _encode_rest(
     save()
 
 
-def _chunks(texts: Texts, start: Place) -> Iterator[tuple[Place, list[str]]]:
-    """The documents from `start` on that are not empty, in chunks, each with the place where it ends."""
+def _chunks(texts: Texts, start: Place) -> Iterator[Chunk]:
+    """The documents from `start` on that are not empty, in chunks of at least one."""
     chunk: list[str] = []
+    first = ""
     num_chars = 0
     for file in range(start.file, len(texts.files)):
         for document, text in enumerate(read_texts(texts.files[file], texts.text_key)):
             if not text or (file == start.file and document < start.document):
                 continue
+            if not chunk:
+                first = f"{texts.files[file]}, document {document + 1}"
             chunk.append(text)
             num_chars += len(text)
             if num_chars >= CHUNK_CHARS:
-                yield Place(file, document + 1), chunk
+                yield Chunk(chunk, first, Place(file, document + 1))
                 chunk, num_chars = [], 0
     if chunk:
-        yield Place(len(texts.files), 0), chunk
+        yield Chunk(chunk, first, Place(len(texts.files), 0))
 
 
 def _in_order(texts: Texts, start: Place, workers: int) -> Generator[tuple[Place, dict[str, Encoded]]]:
     """Every chunk from `start` on, encoded, in order. At most two chunks a worker are in memory."""
     if workers == 1:
         encoder = Encoder(texts)
-        for place, chunk in _chunks(texts, start):
-            yield place, encoder.encode(chunk)
+        for chunk in _chunks(texts, start):
+            yield chunk.end, encoder.encode(chunk)
         return
     settings = replace(texts, files=[])  # workers get texts, not files
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (settings,))
     waiting: deque[tuple[Place, Future[dict[str, Encoded]]]] = deque()
     try:
-        for place, chunk in _chunks(texts, start):
-            waiting.append((place, pool.submit(_encode, chunk)))
+        for chunk in _chunks(texts, start):
+            waiting.append((chunk.end, pool.submit(_encode, chunk)))
             if len(waiting) == 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -183,15 +196,21 @@ class Encoder:
 
     def __init__(self, texts: Texts) -> None:
         self.tokenizer = Tokenizer(texts.tokenizer, texts.eod_token)
+        self.tokenizer_name = texts.tokenizer_name
         self.val_frac = texts.val_frac
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
-    def encode(self, chunk: list[str]) -> dict[str, Encoded]:
-        documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
-        for text in chunk:
-            document = Document.of(text)
-            documents[document.split(self.val_frac)].append(document)
-        return {split: self._encode_split(members) for split, members in documents.items()}
+    def encode(self, chunk: Chunk) -> dict[str, Encoded]:
+        """Raises DataError if the first document does not come back: one in every chunk, for the time it takes."""
+        documents = [Document.of(text) for text in chunk.texts]
+        by_split: dict[str, list[Document]] = {split: [] for split in SPLITS}
+        for document in documents:
+            by_split[document.split(self.val_frac)].append(document)
+        encoded = {split: self._encode_split(members) for split, members in by_split.items()}
+        found = encoded[documents[0].split(self.val_frac)]
+        ids = found.tokens[: found.lengths[0] - 1].tolist()
+        _refuse_loss(self.tokenizer_name, chunk.first, chunk.texts[0], self.tokenizer.decode(ids))
+        return encoded
 
     def _encode_split(self, documents: list[Document]) -> Encoded:
         batch = self.tokenizer.encode_batch([document.text for document in documents])
@@ -203,6 +222,21 @@ class Encoder:
             tokens[start : end - 1] = ids
             tokens[end - 1] = self.tokenizer.eod_id
         return Encoded(tokens, lengths, sum(document.num_bytes for document in documents))
+
+
+def _refuse_loss(tokenizer: str, document: str, text: str, decoded: str) -> None:
+    """A space in front may come or go: many tokenizers put one there, so that a first word is like any other."""
+    if text in (decoded, f" {decoded}") or decoded == f" {text}":
+        return
+    skipped = decoded.startswith(" ") and not text.startswith(" ")  # the space that was put there
+    found = decoded[skipped:]
+    pairs = enumerate(zip(text, found, strict=False))
+    same = next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(text), len(found)))
+    lost = f"loses character {same} ({text[same]!r})" if same < len(text) else f"adds {found[same:][:8]!r} at its end"
+    raise DataError(
+        f"{tokenizer} {lost} of {document}: its tokens must give back the whole text, because val/bpb divides by the "
+        "text's bytes. Take a byte-level tokenizer, or train one with --vocab_size."
+    )
 
 
 _encoder: Encoder | None = None  # of this process, if it is a worker: loading the tokenizer for each chunk is slow
@@ -223,6 +257,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(chunk: list[str]) -> dict[str, Encoded]:
+def _encode(chunk: Chunk) -> dict[str, Encoded]:
     assert _encoder is not None
     return _encoder.encode(chunk)

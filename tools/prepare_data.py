@@ -424,7 +424,8 @@ def encode(folder: Path, request: Request, eod_token: str, corpus: Corpus) -> Pr
     workers = min(request.workers, 1 + corpus.num_bytes // CHUNK_CHARS)  # none without a chunk of its own
     already = f", {bytes_before / corpus.num_bytes:.0%} of the text is already done" if bytes_before else ""
     print(f"encoding with {workers} process{'es' if workers > 1 else ''}{already}", flush=True)
-    texts = Texts(request.files, request.text_key, folder / TOKENIZER_NAME, eod_token, request.val_frac)
+    name = "the trained tokenizer" if request.tokenizer is None else f"--tokenizer {request.tokenizer}"
+    texts = Texts(request.files, request.text_key, folder / TOKENIZER_NAME, name, eod_token, request.val_frac)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core: threads would fight over them
     with tqdm(
         total=corpus.num_bytes, initial=bytes_before, desc="encoding", unit="B", unit_scale=True, disable=None

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from model import encode
 from model.data import TokenFile
@@ -269,3 +271,55 @@ def test_who_waited_for_a_lock_that_is_deleted_takes_a_new_one(tmp_path):
     waiting.join(timeout=60)
     assert len(found) == 1
     assert names(tmp_path) == []
+
+
+def given_tokenizer(folder: Path, kind: str) -> Path:
+    """A tokenizer.json that knows all words of `texts` but no capital letters, or none but in pieces."""
+    if kind == "words":
+        vocab = {"[UNK]": 0, "document": 1, "nº": 2, "all": 3, "the": 4, "words": 5, "of": 6, "union": 7, ":": 8}
+        tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        letters = "Document n: all the words of the union 0123456789" + ("" if kind == "bpe" else "º")
+        alphabet = sorted(set(letters))
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+        tokenizer.decoder = decoders.Fuse()
+    if kind == "a space in front":
+        tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / f"{kind}.json"))
+    return folder / f"{kind}.json"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "lost"), [("bpe", r"loses character 10 \('º'\)"), ("words", r"loses character 0 \('D'\)")]
+)
+def test_a_tokenizer_that_loses_text_is_refused(texts, tmp_path, small_parts, capsys, kind, lost, workers):
+    path = given_tokenizer(tmp_path, kind)
+    argv = ["--input", str(texts), "--out", str(tmp_path / "set"), "--tokenizer", str(path), "--workers", str(workers)]
+    assert main(argv) == 2
+    assert re.search(
+        rf"^DataError: --tokenizer {path} {lost} of {texts}/a\.jsonl, document 2: its tokens must give back the whole "
+        r"text, because val/bpb divides by the text's bytes\. Take a byte-level tokenizer, or train one with "
+        r"--vocab_size\.$",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("kind", ["letters", "a space in front"])
+def test_a_tokenizer_that_gives_the_text_back_is_taken_also_with_a_space_in_front(texts, tmp_path, kind):
+    path = given_tokenizer(tmp_path, kind)
+    assert main(["--input", str(texts), "--out", str(tmp_path / "set"), "--tokenizer", str(path)]) == 0
+
+
+def test_loss_in_a_later_chunk_is_found(texts, tmp_path, small_parts, capsys):
+    """Only the first document of each is looked at: the last file is long enough to begin one."""
+    (texts / "z.txt").write_text("all the words " * 100)
+    (texts / "z2.txt").write_text("all the words, " * 100)
+    path = given_tokenizer(tmp_path, "letters")
+    assert main(["--input", str(texts), "--out", str(tmp_path / "set"), "--tokenizer", str(path)]) == 2
+    assert re.search(r"loses character 13 \(','\) of .*/z2\.txt, document 1: ", capsys.readouterr().err)
