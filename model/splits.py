@@ -11,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model.blend import BlendedSamples, seed_of_source, shares_of
 from model.config import DataError, ModelConfig
 from model.data import (
@@ -29,7 +31,7 @@ from model.data import (
 
 SYNTHETIC_TRAIN_TOKENS = 2**24
 SYNTHETIC_VAL_SEQUENCES = 64
-SCAN_TOKENS = 2**24  # read at once when looking for the largest id
+SCAN_TOKENS = 2**24  # read at once when looking for ids that no model has
 
 Weighted = Sequence[tuple[float, str]]
 
@@ -214,7 +216,12 @@ def open_split(split: str, key: str, name: str, model: ModelConfig, seed: int) -
     prefix = builtin_dir(model.vocab_size) / split if name == "builtin" else Path(name)
     file, manifest = TokenFile(prefix), read_manifest(prefix)
     if manifest is None:  # written by another tool, which leaves no word on its ids
-        if (largest := largest_id(file)) >= model.vocab_size:
+        smallest, largest = id_bounds(file, model.vocab_size)
+        if smallest < 0:
+            raise DataError(
+                f"{key}={name}: holds the id {smallest}, ids count from 0. Write it anew with the ids of its tokenizer."
+            )
+        if largest >= model.vocab_size:
             raise DataError(
                 f"{key}={name}: holds the id {largest}, run.model.vocab_size is {model.vocab_size}. "
                 f"Raise it to at least {largest + 1}."
@@ -241,7 +248,13 @@ def open_split(split: str, key: str, name: str, model: ModelConfig, seed: int) -
     )
 
 
-def largest_id(source: TokenSource) -> int:
-    """The largest token id of a whole source."""
-    starts = range(0, source.num_tokens, SCAN_TOKENS)
-    return max(int(source.tokens(first, min(SCAN_TOKENS, source.num_tokens - first)).max()) for first in starts)
+def id_bounds(file: TokenFile, vocab_size: int) -> tuple[int, int]:
+    """The smallest and the largest token id of a file, or, where any of its dtype is below vocab_size, of its dtype."""
+    limits = np.iinfo(file.dtype)
+    if 0 <= limits.min and limits.max < vocab_size:
+        return int(limits.min), int(limits.max)  # nothing else can be in there: no need to read it
+    smallest, largest = limits.max, limits.min
+    for first in range(0, file.num_tokens, SCAN_TOKENS):
+        tokens = file.tokens(first, min(SCAN_TOKENS, file.num_tokens - first))
+        smallest, largest = min(smallest, tokens.min()), max(largest, tokens.max())
+    return int(smallest), int(largest)

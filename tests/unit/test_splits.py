@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from model import splits
 from model.config import DataError, ModelConfig
-from model.data import TokenFileWriter
+from model.data import TokenFile, TokenFileWriter
 from model.splits import Data, open_data
 from tools import prepare_data
 
@@ -88,6 +89,23 @@ def test_a_foreign_pair_is_read_and_its_ids_are_checked(tmp_path: Path) -> None:
     assert opened(f"{tmp_path}/foreign", None).train.text_split.tokenizer is None
     with pytest.raises(DataError, match=r"holds the id 299, run\.model\.vocab_size is 299\. Raise it to at least 300"):
         opened(f"{tmp_path}/foreign", None, MODEL.model_copy(update={"vocab_size": 299}))
+
+
+def test_a_foreign_pair_with_a_negative_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "SCAN_TOKENS", 4)
+    with TokenFileWriter(tmp_path / "foreign", np.int32) as writer:
+        writer.add_document(np.array([5, 299, 7, 1, 2, -3, 4, 5, 6]))
+    with pytest.raises(DataError, match=r"foreign: holds the id -3, ids count from 0\. Write it anew"):
+        opened(f"{tmp_path}/foreign", None)
+
+
+def test_ids_are_not_looked_for_where_the_dtype_has_none_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = TokenFile(foreign(tmp_path / "foreign", 41))
+    assert splits.id_bounds(file, 2**16 - 1) == (0, 40)
+    monkeypatch.setattr(TokenFile, "tokens", lambda *_: pytest.fail("the file was read"))
+    assert splits.id_bounds(file, 2**16) == (0, 2**16 - 1)
 
 
 def foreign(prefix: Path, num_tokens: int) -> str:
