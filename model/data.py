@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 EOD_TOKEN = "<|endoftext|>"
 IGNORED_TARGET = -1  # the y of padding: cross-entropy must skip it
 MANIFEST_NAME = "manifest.json"
+FINGERPRINT_BLOCKS = 1000  # of a .bin without a manifest
+FINGERPRINT_BLOCK_BYTES = 4096
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -287,17 +289,27 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
 
 
 def data_fingerprint(prefix: str | Path) -> str:
-    """16 hex digits that identify the tokens of a split; cheap, also for a dataset without a manifest.
+    """16 hex digits that identify the tokens of a split; cheap, also for a large dataset without a manifest.
 
-    With a manifest it is the start of the .bin's recorded sha256, otherwise of sha256(.idx and the size of .bin).
+    With a manifest it is the start of the .bin's recorded sha256. Otherwise it is that of a sha256 over the .idx, the
+    size of the .bin and FINGERPRINT_BLOCKS blocks of the .bin: all of it where it is small, else evenly from its first
+    bytes to its last, so that tokens that were changed between two blocks are not noticed.
     """
     prefix = Path(prefix)
     manifest = read_manifest(prefix)
     if manifest is not None:
         return str(manifest["splits"][prefix.name]["bin_sha256"])[:16]
     TokenFile(prefix)  # refuses a damaged or missing file with the usual words
-    size = _with_suffix(prefix, ".bin").stat().st_size
-    return hashlib.sha256(_with_suffix(prefix, ".idx").read_bytes() + struct.pack("<Q", size)).hexdigest()[:16]
+    found = hashlib.sha256(_with_suffix(prefix, ".idx").read_bytes())
+    with open(_with_suffix(prefix, ".bin"), "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        found.update(struct.pack("<Q", size))
+        last = max(0, size - FINGERPRINT_BLOCK_BYTES)
+        blocks = min(FINGERPRINT_BLOCKS, math.ceil(size / FINGERPRINT_BLOCK_BYTES))
+        for block in range(blocks):
+            stream.seek(last * block // max(1, blocks - 1))
+            found.update(stream.read(FINGERPRINT_BLOCK_BYTES))
+    return found.hexdigest()[:16]
 
 
 def mix64(x: np.ndarray) -> np.ndarray:

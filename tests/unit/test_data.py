@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from model import data
 from model.config import DataError
 from model.data import (
     EOD_TOKEN,
@@ -249,6 +250,22 @@ def test_fingerprints_without_a_manifest_tell_datasets_apart(tmp_path):
     assert len(prints) == 3
     assert data_fingerprint(write(tmp_path / "d")) == data_fingerprint(tmp_path / "a")
     assert all(len(each) == 16 for each in prints)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 8, 9])
+def test_fingerprints_without_a_manifest_tell_other_tokens_of_the_same_lengths(tmp_path, monkeypatch, blocks):
+    """8 blocks of 4 tokens: with so many or more all of the file counts, with fewer its two ends at least."""
+    monkeypatch.setattr(data, "FINGERPRINT_BLOCKS", blocks)
+    monkeypatch.setattr(data, "FINGERPRINT_BLOCK_BYTES", 8)
+    first = data_fingerprint(write(tmp_path / "a", documents=[[1] * 31]))
+    for place in range(31) if blocks >= 8 else (0, 1, 2, 3) if blocks == 1 else (0, 1, 2, 3, 27, 28, 29, 30):
+        tokens = [1] * 31
+        tokens[place] = 2
+        assert data_fingerprint(write(tmp_path / "b", documents=[tokens])) != first
+    if blocks < 7:
+        tokens = [1] * 31
+        tokens[8] = 2
+        assert data_fingerprint(write(tmp_path / "b", documents=[tokens])) == first, "as its docstring says"
 
 
 def test_mix64_is_splitmix64():
