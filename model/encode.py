@@ -171,6 +171,7 @@ def _in_order(texts: Texts, start: Place, workers: int) -> Generator[tuple[Place
             yield chunk.end, encoder.encode(chunk)
         return
     settings = replace(texts, files=[])  # workers get texts, not files
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (settings,))
     waiting: deque[tuple[Place, Future[dict[str, Encoded]]]] = deque()
     try:
@@ -182,11 +183,16 @@ def _in_order(texts: Texts, start: Place, workers: int) -> Generator[tuple[Place
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
-    except BrokenProcessPool as fault:
-        raise RuntimeError(
-            "a worker process was killed, perhaps for want of memory. Run the same command with fewer --workers: "
-            "it goes on after the last part that was finished."
-        ) from fault
+    except BaseException as fault:  # also Ctrl-C, and the end of whoever reads this
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # first: what they are at would be waited for below
+        if isinstance(fault, BrokenProcessPool):
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory. Run the same command with fewer --workers: "
+                "it goes on after the last part that was finished."
+            ) from fault
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
