@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,11 @@ MIN_VOCAB_SIZE = 1 + len(pre_tokenizers.ByteLevel.alphabet())  # end-of-document
 BUILTIN_VOCAB_SIZE = 4096
 VAL_FRAC = 0.05
 COUNT_TOKENS = 2**24  # read at once when counting how often each id occurs
+
+
+class TextsChanged(DataError):
+    def __init__(self, out: Path) -> None:
+        super().__init__(f"{out}: the texts changed while they were read. Run the same command again.")
 
 
 @dataclass(frozen=True)
@@ -356,10 +362,10 @@ def prepare(request: Request) -> None:
         try:
             manifest = fill(draft, request, given, corpus)
             if draft_of(request, given) != draft:
-                raise DataError(f"{request.out}: the texts changed while they were read. Run the same command again.")
+                raise TextsChanged(request.out)
             draft.rename(request.out)
-        except DataError:
-            shutil.rmtree(draft)  # refused: nothing to go on with. After any other fault the next attempt goes on.
+        except TextsChanged:
+            shutil.rmtree(draft)  # of texts that are gone. After any other fault the next attempt goes on with it.
             raise
         except OSError:  # a process that this one's lock does not reach, on another machine, may have been first
             if not is_prepared(request, given, corpus):
@@ -432,7 +438,7 @@ def encode(folder: Path, request: Request, eod_token: str, corpus: Corpus) -> Pr
     ) as progress_bar:
         progress = encode_splits(texts, folder, workers, progress_bar.update)
     if (sum(progress.documents.values()), sum(progress.bytes.values())) != (corpus.num_documents, corpus.num_bytes):
-        raise DataError(f"{request.out}: the texts changed while they were read. Run the same command again.")
+        raise TextsChanged(request.out)
     seconds = time.perf_counter() - start
     tokens, megabytes = sum(progress.tokens.values()) - tokens_before, (corpus.num_bytes - bytes_before) / 1e6
     print(
@@ -454,8 +460,8 @@ def report(manifest: dict[str, Any], out: Path, seconds: float) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.prepare_data",
-        description="Turn texts into a dataset folder for training. Exit code 0: it is there, 2: refused. "
-        "If it is killed, the same command goes on where it stopped.",
+        description="Turn texts into a dataset folder for training. Exit code 0: it is there, 2: refused, 130: stopped "
+        "by Ctrl-C. If it is stopped or killed, the same command goes on where it stopped.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -521,16 +527,36 @@ def read_request(args: argparse.Namespace) -> Request:
     )
 
 
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """The first Ctrl-C is a KeyboardInterrupt; those after it are ignored, as they would cut short what it starts."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the process is about to end
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        if args.verify is not None:
-            verify(args.verify)
-        else:
-            prepare(read_request(args))
+        with one_interrupt():
+            if args.verify is not None:
+                verify(args.verify)
+            else:
+                prepare(read_request(args))
     except DataError as refusal:
         print(f"DataError: {refusal}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130  # as shells say it: 128 + SIGINT
     return 0
 
 

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from model import encode
+from model.config import DataError
 from model.data import TokenFile
 from tools import prepare_data
 from tools.prepare_data import main
@@ -215,7 +216,9 @@ def test_texts_that_change_while_they_are_read_are_refused(texts, tmp_path, monk
     assert names(tmp_path) == ["texts"]
 
 
-def test_a_worker_that_is_killed_ends_the_preparation_which_can_go_on(texts, tmp_path, small_parts, monkeypatch):
+def test_a_worker_that_is_killed_ends_the_preparation_which_can_go_on(
+    texts, tmp_path, small_parts, monkeypatch, capsys
+):
     encode_splits = prepare_data.encode_splits
 
     def bereft(of_texts, folder, workers, on_bytes):
@@ -228,13 +231,49 @@ def test_a_worker_that_is_killed_ends_the_preparation_which_can_go_on(texts, tmp
 
     argv = arguments(texts, tmp_path / "set", workers=2)
     monkeypatch.setattr(prepare_data, "encode_splits", bereft)
-    with pytest.raises(
-        RuntimeError, match=r"a worker process was killed, .* Run the same command with fewer --workers"
-    ):
-        main(argv)
+    assert main(argv) == 2
+    line = capsys.readouterr().err
+    assert re.search(r"^DataError: a worker process was killed, .* the same command with fewer --workers", line, re.M)
     assert not (tmp_path / "set").exists()
     monkeypatch.setattr(prepare_data, "encode_splits", encode_splits)
     assert main(argv) == 0
+
+
+def test_two_interrupts_at_once_end_the_preparation_and_its_workers(texts, tmp_path):
+    (texts / "long.txt").write_text("all the words of the union " * 60_000)  # a worker is at it for seconds
+    process = start(arguments(texts, tmp_path / "set", workers=2), "signal.setitimer(signal.ITIMER_REAL, 120)")
+    tool = psutil.Process(process.pid)
+
+    def at_work() -> list[psutil.Process]:
+        return [child for child in tool.children() if len(child.threads()) > 1]  # the second one waits for the parent
+
+    while process.poll() is None and len(at_work()) < 2:
+        time.sleep(0.01)
+    workers = tool.children()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.wait(timeout=60) == 130
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert not (tmp_path / "set").exists()
+    assert names(tmp_path) == [drafts(tmp_path)[0].name, "texts"]
+
+
+def test_a_passing_fault_keeps_what_is_encoded(texts, tmp_path, small_parts, monkeypatch, capsys):
+    read = encode.read_texts
+
+    def failing(path: Path, text_key: str):
+        if path.name == "b50.txt":
+            raise DataError(f"{path} cannot be read: Input/output error. Make it readable, or leave it out.")
+        return read(path, text_key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "read_texts", failing)
+        assert main(arguments(texts, tmp_path / "set")) == 2
+    assert encode.read_progress(drafts(tmp_path)[0]).documents["train"] > 0
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert "of the text is already done" in capsys.readouterr().out
+    assert names(tmp_path) == ["set", "texts"]
 
 
 def test_a_second_process_waits_for_the_first(texts, tmp_path):

@@ -205,14 +205,16 @@ def test_an_empty_folder_is_filled(texts, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["train_tokenizer", "encode_splits", "build_manifest"])
-def test_an_interruption_leaves_no_folder_and_the_next_attempt_goes_on(texts, prepared, tmp_path, monkeypatch, step):
+def test_an_interruption_leaves_no_folder_and_the_next_attempt_goes_on(
+    texts, prepared, tmp_path, monkeypatch, capsys, step
+):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, step, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main(arguments(texts, tmp_path / "two"))
+        assert main(arguments(texts, tmp_path / "two")) == 130
+        assert capsys.readouterr().err.endswith("stopped; the same command goes on\n")
     assert not (tmp_path / "two").exists()
     monkeypatch.setattr(prepare_data, "survey", lambda *_: pytest.fail("the texts were surveyed again"))
     assert main(arguments(texts, tmp_path / "two")) == 0
@@ -273,7 +275,9 @@ def test_a_split_without_documents_is_refused(texts, tmp_path, capsys):
 def test_a_vocabulary_that_the_texts_cannot_fill_is_refused(texts, tmp_path, capsys):
     line = refusal(capsys, arguments(texts, tmp_path / "set", "--vocab_size", "5000"))
     assert "--vocab_size 5000 is more than these texts give: pairs to merge ran out at " in line
-    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    assert not (tmp_path / "set").exists()
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "texts"]
 
 
 def test_inputs_that_cannot_be_read_are_refused(texts, tmp_path, capsys):
