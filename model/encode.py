@@ -164,7 +164,8 @@ def _chunks(texts: Texts, start: Place) -> Iterator[Chunk]:
 
 
 def _in_order(texts: Texts, start: Place, workers: int) -> Generator[tuple[Place, dict[str, Encoded]]]:
-    """Every chunk from `start` on, encoded, in order. At most two chunks a worker are in memory."""
+    """Every chunk from `start` on, encoded, in order. At most two chunks a worker are waiting, each of them one
+    document at least: memory grows with the longest, which MAX_DOCUMENT_BYTES bounds."""
     if workers == 1:
         encoder = Encoder(texts)
         for chunk in _chunks(texts, start):

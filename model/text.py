@@ -1,7 +1,8 @@
 """Documents from text files: .txt (one document a file), .jsonl and .jsonl.gz (one a line), .parquet (one a row).
 
-Files are read as streams: only one document, or one row group's batch of them, is in memory at a time. What cannot be
-read is refused by file and line; nothing is replaced or left out silently.
+Files are read as streams: of each, one document with the line around it, or a batch of rows, is in memory at a time. No
+document is larger than MAX_DOCUMENT_BYTES: to encode one takes many times its size. What cannot be read is refused by
+file and line; nothing is replaced or left out silently.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from model.config import DataError
 
 TEXT_KEY = "text"
 PARQUET_ROWS = 256  # decoded at a time
+MAX_DOCUMENT_BYTES = 64_000_000  # of its text in UTF-8
 
 
 class Document(NamedTuple):
@@ -37,6 +39,7 @@ class Document(NamedTuple):
 
 def read_txt(path: Path, text_key: str) -> Iterator[str]:
     """A .txt file is one document. Line ends and byte-order marks stay as they are."""
+    _refuse_huge(path.stat().st_size, str(path))
     try:
         yield path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as fault:
@@ -127,15 +130,25 @@ def _checked(value: Any, where: str, text_key: str) -> str:
             f"{where}: {text_key!r} is {'null' if value is None else f'of type {type(value).__name__}'}, not a string. "
             "Mend it, leave it out, or name another key with --text_key."
         )
+    num_bytes = len(value)
     if not value.isascii():
         try:
-            value.encode("utf-8")
+            num_bytes = len(value.encode("utf-8"))
         except UnicodeEncodeError as fault:  # JSON can write half of a pair: "\ud83d"
             raise DataError(
                 f"{where}: {text_key!r} has a lone surrogate at character {fault.start}, which is no text. "
                 "Mend it, or leave it out."
             ) from fault
+    _refuse_huge(num_bytes, where)
     return value
+
+
+def _refuse_huge(num_bytes: int, where: str) -> None:
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{where} is one document of {num_bytes / 1e6:,.1f} MB, more than {MAX_DOCUMENT_BYTES / 1e6:g} MB take too "
+            "much memory to encode. Split it: one document a line in .jsonl."
+        )
 
 
 def _lacks(text_key: str, names: list[str]) -> str:

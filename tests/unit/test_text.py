@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model import text
 from model.config import DataError
 from model.text import PARQUET_ROWS, Document, documents, kind_of
 
@@ -144,3 +145,26 @@ def test_the_name_says_the_kind():
 def test_the_split_threshold_excludes_its_own_value():
     half = Document("", 0, bytes([128]) + bytes(31))  # exactly 2^63 of 2^64
     assert (half.split(0.5), half.split(0.500001)) == ("train", "val")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_document_that_is_too_long_to_encode_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text, "MAX_DOCUMENT_BYTES", 200_000)
+    path = tmp_path / name
+    for words, fits in (("é" * 100_000, True), ("é" * 100_000 + "e", False)):
+        if name == "a.txt":
+            path.write_text(words)
+        elif name == "a.jsonl":
+            jsonl(path, json.dumps({"text": words}))
+        else:
+            pq.write_table(pa.table({"text": [words]}), path)
+        if fits:
+            assert texts_of(path) == [words]
+            continue
+        where = {"a.txt": "a.txt", "a.jsonl": "a.jsonl:1", "a.parquet": "a.parquet: row 1"}[name]
+        with pytest.raises(DataError) as refusal:
+            texts_of(path)
+        assert str(refusal.value) == (
+            f"{tmp_path}/{where} is one document of 0.2 MB, more than 0.2 MB take too much memory to encode. "
+            "Split it: one document a line in .jsonl."
+        )
