@@ -10,7 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +53,10 @@ def read_txt(path: Path, text_key: str) -> Iterator[str]:
 
 def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     """One JSON object a line, the text under `text_key`. Blank lines are skipped."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+    is_gzip = path.suffix.lower() == ".gz"
+    if is_gzip and path.stat().st_size == 0:  # gzip takes it for no lines at all
+        raise DataError(f"{path} holds 0 bytes, which is no gzip file. Fetch it anew, or leave it out.")
+    with gzip.open(path) if is_gzip else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -100,7 +105,36 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 def kind_of(path: Path) -> str | None:
     """The key in READERS that says how `path` is read, or None."""
-    return next((kind for kind in READERS if path.name.endswith(kind)), None)
+    return next((kind for kind in READERS if path.name.lower().endswith(kind)), None)
+
+
+def find_files(inputs: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
+    """What is to be read in the inputs and the folders below them, and how many files of each other kind are there.
+
+    Files come once each, by sorted path. Links to folders are not followed, and counted.
+    """
+    known = ", ".join(READERS)
+    found: set[Path] = set()
+    left_out: Counter[str] = Counter()
+    for path in inputs:
+        if path.is_dir():
+            inside = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+            read = [file for file in inside if kind_of(file) and not file.is_dir()]
+            if not read:
+                raise DataError(f"--input {path} has no file in it that is read ({known}). Name a folder that has.")
+            for file in read:
+                if not file.is_file():
+                    raise DataError(f"{file} is a link to nothing, or no file. Mend it, or leave it out.")
+            found.update(Path(os.path.abspath(file)) for file in read)  # no resolve(): links may lack a suffix
+            others = set(inside) - set(read)
+            left_out.update("links to folders" if file.is_dir() else file.suffix or file.name for file in others)
+        elif not path.exists():
+            raise DataError(f"--input {path} is missing. Name a file ({known}) or a folder of such files.")
+        elif not kind_of(path):
+            raise DataError(f"--input {path} is of a kind that is not read. Use {known}, or a folder of such files.")
+        else:
+            found.add(Path(os.path.abspath(path)))
+    return sorted(found), left_out
 
 
 def read_texts(path: Path, text_key: str) -> Iterator[str]:

@@ -48,7 +48,7 @@ from model.data import (
     write_durably,
 )
 from model.encode import CHUNK_CHARS, SPLITS, Progress, Texts, encode_splits, read_progress
-from model.text import READERS, TEXT_KEY, documents, kind_of
+from model.text import READERS, TEXT_KEY, documents, find_files
 from model.tokenizer_files import TOKENIZER_NAME, GivenTokenizer, read_tokenizer
 
 FORMAT_VERSION = 1
@@ -88,25 +88,6 @@ class Corpus:
     num_empty: int
     num_bytes: int
     sha256: str  # over the sorted hashes of the documents
-
-
-def find_files(inputs: Iterable[Path]) -> list[Path]:
-    """Every file that a reader knows, in the inputs and the folders below them, once each, by sorted path."""
-    known = ", ".join(READERS)
-    found: set[Path] = set()
-    for path in inputs:
-        if path.is_dir():
-            inside = [file for file in path.rglob("*") if kind_of(file) and file.is_file()]
-            if not inside:
-                raise DataError(f"--input {path} has no file in it that is read ({known}). Name a folder that has.")
-            found.update(Path(os.path.abspath(file)) for file in inside)  # no resolve(): links may lack a suffix
-        elif not path.exists():
-            raise DataError(f"--input {path} is missing. Name a file ({known}) or a folder of such files.")
-        elif not kind_of(path):
-            raise DataError(f"--input {path} is of a kind that is not read. Use {known}, or a folder of such files.")
-        else:
-            found.add(Path(os.path.abspath(path)))
-    return sorted(found)
 
 
 def builtin_files() -> list[Path]:
@@ -514,9 +495,14 @@ def read_request(args: argparse.Namespace) -> Request:
     if args.builtin:
         args.vocab_size = BUILTIN_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
         args.out = builtin_dir(args.vocab_size) if args.out is None else args.out
+        files: list[Path] = []  # looked up when needed
+    else:
+        files, left_out = find_files(args.input)
+        kinds = ", ".join(f"{kind} {count}" for kind, count in left_out.most_common())
+        print(f"{len(files)} files to read" + (f"; left out {left_out.total()} ({kinds})" if left_out else ""))
     return Request(
         kind="builtin" if args.builtin else "files",
-        files=[] if args.builtin else find_files(args.input),  # those of the built-in corpus are looked up when needed
+        files=files,
         text_key=args.text_key or TEXT_KEY,
         out=args.out.resolve(),
         vocab_size=args.vocab_size,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from model.data import EOD_TOKEN, TokenFile, Tokenizer, builtin_dir, data_fingerprint, read_manifest
-from model.text import documents
+from model.text import documents, find_files
 from tools import prepare_data
-from tools.prepare_data import find_files, main, train_tokenizer
+from tools.prepare_data import main, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 270
@@ -158,7 +158,7 @@ def test_a_prepared_folder_is_left_alone(prepared, texts, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
     capsys.readouterr()
     assert main(arguments(texts, prepared)) == 0
-    assert capsys.readouterr().out == f"already prepared: {prepared}\n"
+    assert capsys.readouterr().out == f"24 files to read; left out 1 (.md 1)\nalready prepared: {prepared}\n"
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
@@ -290,11 +290,31 @@ def test_inputs_that_cannot_be_read_are_refused(texts, tmp_path, capsys):
         assert words in refusal(capsys, arguments(path, tmp_path / "set"))
 
 
+def test_what_a_folder_has_besides_texts_is_told_by_kind(texts, tmp_path, capsys):
+    for name in ("a.zst", "b.zst", "c.json", "more/LICENSE"):
+        (texts / name).touch()
+    (texts / "SHOUTED.TXT").write_text("read as well")
+    (texts / "folder.txt").symlink_to(texts / "more")
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("25 files to read; left out 6 (.zst 2, ")
+    assert set(said.removesuffix(")").partition("(")[2].split(", ")) == {
+        *(".zst 2", ".json 1", ".md 1", "LICENSE 1", "links to folders 1")
+    }
+
+
+def test_a_link_to_nothing_is_refused(texts, tmp_path, capsys):
+    (texts / "gone.txt").symlink_to(tmp_path / "absent")
+    line = refusal(capsys, arguments(texts, tmp_path / "set"))
+    assert line == f"DataError: {texts}/gone.txt is a link to nothing, or no file. Mend it, or leave it out."
+
+
 def test_a_file_named_twice_is_read_once_and_links_are_followed(texts, tmp_path):
     (tmp_path / "blob").write_text("linked")
     (texts / "link.txt").symlink_to(tmp_path / "blob")
-    files = find_files([texts, texts / "00.txt", texts / "more" / ".." / "02.txt"])
+    files, left_out = find_files([texts, texts / "00.txt", texts / "more" / ".." / "02.txt"])
     assert len(files) == 25
+    assert left_out == {".md": 1}
     assert "linked" in [document.text for document in documents(files)]
 
 

@@ -168,3 +168,16 @@ def test_a_document_that_is_too_long_to_encode_is_refused(tmp_path, monkeypatch,
             f"{tmp_path}/{where} is one document of 0.2 MB, more than 0.2 MB take too much memory to encode. "
             "Split it: one document a line in .jsonl."
         )
+
+
+def test_an_empty_gzip_file_is_refused_and_an_empty_text_is_not(tmp_path):
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz holds 0 bytes, which is no gzip file\. Fetch it anew"):
+        texts_of(tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.jsonl").touch()
+    assert texts_of(tmp_path / "a.jsonl") == []
+
+
+def test_kinds_are_known_in_capitals_too(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "a"}'))
+    assert texts_of(tmp_path / "A.JSONL.GZ") == ["a"]
