@@ -507,7 +507,12 @@ def parse_tokenizer(content: bytes, name: str | Path, eod_token: str) -> tuple[t
         raise DataError(f"{name} is not JSON: {fault}. Use a tokenizer.json of the tokenizers library.") from fault
     if not isinstance(described, dict) or "model" not in described:
         raise DataError(f"{name} has no key 'model'. Use a tokenizer.json of the tokenizers library.")
-    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as fault:  # tokenizers 0.23 raises nothing narrower
+        raise DataError(
+            f"{name} is not read by tokenizers {tokenizers.__version__}: {fault}. Use a tokenizer.json of that library."
+        ) from fault
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()  # files in the wild may say to cut long texts, or to pad short ones
     tokenizer.no_padding()

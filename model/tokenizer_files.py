@@ -93,7 +93,13 @@ def _gpt2_tokenizer(folder: Path, vocab_path: Path, merges_path: Path, eod_token
             ".save_pretrained(FOLDER)."
         )
     vocab = _settings(vocab_path)
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    for token, number in vocab.items():
+        if type(number) is not int or not 0 <= number < 2**31:
+            raise DataError(f"{vocab_path}: the id of {token!r} is {number!r}, not a number. Fetch the tokenizer anew.")
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{merges_path} is not UTF-8: {fault}. Fetch the tokenizer anew.") from fault
     merges = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):

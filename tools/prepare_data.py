@@ -262,9 +262,12 @@ def verify(folder: Path) -> None:
         raise DataError(f"--verify {folder} is not a folder. Name one that this tool made.")
     way_out = f"Copy it anew, or delete {folder} and prepare it again"
     manifest = read_dataset(folder, way_out)
-    expected = {TOKENIZER_NAME: manifest["tokenizer"]["sha256"]}
-    for split in SPLITS:
-        expected |= {f"{split}.{kind}": manifest["splits"][split][f"{kind}_sha256"] for kind in ("bin", "idx")}
+    try:
+        expected = {TOKENIZER_NAME: manifest["tokenizer"]["sha256"]}
+        for split in SPLITS:
+            expected |= {f"{split}.{kind}": manifest["splits"][split][f"{kind}_sha256"] for kind in ("bin", "idx")}
+    except (KeyError, TypeError) as fault:
+        raise DataError(f"{folder / MANIFEST_NAME} does not say what its files hash to: {fault}. {way_out}.") from fault
     changed = [name for name, sha256 in expected.items() if file_sha256(folder / name) != sha256]
     if changed:
         raise DataError(f"{folder}: {', '.join(changed)} changed since the manifest was written. {way_out}.")
@@ -327,6 +330,7 @@ def prepare(request: Request) -> None:
             print(f"already prepared: {request.out}")
             return
         request = replace(request, files=builtin_files())
+    request.out.parent.mkdir(parents=True, exist_ok=True)  # before the texts are read, which takes long
     draft = draft_of(request, given)
     corpus = read_survey(draft) or survey(request)
     if is_prepared(request, given, corpus):
@@ -334,7 +338,6 @@ def prepare(request: Request) -> None:
         return
     megabytes = corpus.num_bytes / 1e6
     print(f"read {corpus.num_documents} documents, {megabytes:.1f} MB ({corpus.num_empty} empty ones skipped)")
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     with sole_owner(request.out):
         if is_prepared(request, given, corpus):
             print(f"already prepared meanwhile by another process: {request.out}")
@@ -539,6 +542,9 @@ def main(argv: list[str] | None = None) -> int:
                 prepare(read_request(args))
     except DataError as refusal:
         print(f"DataError: {refusal}", file=sys.stderr)
+        return 2
+    except OSError as fault:  # a disk that is full, a folder that may not be made; the readers name theirs themselves
+        print(f"DataError: {fault}. Mend it; the same command goes on.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

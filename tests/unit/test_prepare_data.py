@@ -1,5 +1,6 @@
 """Texts become a dataset folder: whole, the same every time, with true counts, or not at all."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from model.data import EOD_TOKEN, TokenFile, Tokenizer, builtin_dir, data_fingerprint, read_manifest
+from model.data import EOD_TOKEN, TokenFile, TokenFileWriter, Tokenizer, builtin_dir, data_fingerprint, read_manifest
 from model.text import documents, find_files
 from tools import prepare_data
 from tools.prepare_data import main, train_tokenizer
@@ -384,6 +385,39 @@ def test_only_a_whole_dataset_can_be_verified(prepared, tmp_path, capsys):
     assert "is not a dataset of this tool" in refusal(capsys, ["--verify", str(tmp_path)])
     (prepared / "train.idx").unlink()
     assert "is an incomplete dataset: train.idx missing." in refusal(capsys, ["--verify", str(prepared)])
+
+
+def test_a_manifest_without_hashes_cannot_be_verified(prepared, capsys):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    del manifest["tokenizer"]
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    assert refusal(capsys, ["--verify", str(prepared)]) == (
+        f"DataError: {prepared}/manifest.json does not say what its files hash to: 'tokenizer'. "
+        f"Copy it anew, or delete {prepared} and prepare it again."
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_texts_are_read(texts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(prepare_data, "survey", lambda *_: pytest.fail("the texts were read"))
+    line = refusal(capsys, arguments(texts, tmp_path / "file" / "set"))
+    assert line == (
+        f"DataError: [Errno {errno.EEXIST}] File exists: '{tmp_path}/file'. Mend it; the same command goes on."
+    )
+
+
+def test_a_full_disk_is_one_line_and_what_is_written_stays(texts, prepared, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFileWriter, "add_documents", full)
+        line = refusal(capsys, arguments(texts, tmp_path / "two"))
+    assert line == "DataError: [Errno 28] No space left on device. Mend it; the same command goes on."
+    assert not (tmp_path / "two").exists()
+    monkeypatch.setattr(prepare_data, "survey", lambda *_: pytest.fail("the texts were surveyed again"))
+    assert main(arguments(texts, tmp_path / "two")) == 0
+    assert content(tmp_path / "two") == content(prepared)
 
 
 def test_a_given_tokenizer_without_an_end_of_document_token_is_refused(prepared, texts, tmp_path, capsys):

@@ -154,3 +154,21 @@ def test_a_dataset_made_with_gpt2s_vocabulary_needs_no_other_file(gpt2, tmp_path
     assert manifest is not None
     assert manifest["tokenizer"].items() >= {"kind": "given", "vocab_size": 50257, "eod_id": 50256}.items()
     assert Tokenizer(tmp_path / "set" / "tokenizer.json").encode("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", b'{"model": 1}', r"is not read by tokenizers [\d.]+: .+\. Use a tokenizer"),
+        ("vocab.json", b'{"a": "0"}', r"vocab\.json: the id of 'a' is '0', not a number\. Fetch the tokenizer anew\."),
+        ("vocab.json", b'{"a": -1}', r"vocab\.json: the id of 'a' is -1, not a number\."),
+        ("merges.txt", b"a b\xff", r"merges\.txt is not UTF-8: .*0xff in position 3.* Fetch the tokenizer anew\."),
+    ],
+)
+def test_files_that_are_damaged_are_refused_by_name(tmp_path, name, content, words):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "merges.txt").touch()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words) as refusal:
+        read_tokenizer(tmp_path, None)
+    assert "\n" not in str(refusal.value)
