@@ -93,10 +93,12 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{**content, "place": Place(*content["place"])})
 
 
-def encode_splits(texts: Texts, folder: Path, workers: int, on_bytes: Callable[[int], None]) -> Progress:
+def encode_splits(
+    texts: Texts, folder: Path, workers: int, on_bytes: Callable[[int], None], on_part: Callable[[Progress], None]
+) -> Progress:
     """Write train and val into `folder`, from where an earlier call stopped. Raises DataError as the readers do.
 
-    `on_bytes` is told the bytes of text of every chunk that is written.
+    `on_bytes` is told the bytes of text of every chunk that is written, `on_part` how far it is at every part saved.
     """
     progress = read_progress(folder)
     dtype = token_dtype(Tokenizer(texts.tokenizer, texts.eod_token).vocab_size)
@@ -109,7 +111,7 @@ def encode_splits(texts: Texts, folder: Path, workers: int, on_bytes: Callable[[
             if not (folder / f"{split}.bin").exists()  # it has that name once nothing is left to do
         }
         if not progress.done:
-            _encode_rest(texts, folder, writers, progress, workers, on_bytes)
+            _encode_rest(texts, folder, writers, progress, workers, on_bytes, on_part)
     return progress
 
 
@@ -120,11 +122,13 @@ def _encode_rest(
     progress: Progress,
     workers: int,
     on_bytes: Callable[[int], None],
+    on_part: Callable[[Progress], None],
 ) -> None:
     def save() -> None:
         for split, writer in writers.items():
             progress.documents[split], progress.tokens[split] = writer.sync()
         write_durably(folder / PROGRESS_NAME, json.dumps(asdict(progress)).encode("utf-8"))
+        on_part(progress)
 
     bytes_in_part = 0
     with closing(_in_order(texts, progress.place, workers)) as chunks:  # its processes end with it, also on a fault

@@ -417,7 +417,19 @@ def encode(folder: Path, request: Request, eod_token: str, corpus: Corpus) -> Pr
     with tqdm(
         total=corpus.num_bytes, initial=bytes_before, desc="encoding", unit="B", unit_scale=True, disable=None
     ) as progress_bar:
-        progress = encode_splits(texts, folder, workers, progress_bar.update)
+
+        def tell(part: Progress) -> None:
+            done = sum(part.bytes.values())
+            if not progress_bar.disable or done == bytes_before:
+                return  # the bar says it, or there is nothing to say
+            rate = (done - bytes_before) / (time.perf_counter() - start)
+            print(
+                f"encoded {done / corpus.num_bytes:.0%} of the text, {rate / 1e6:.1f} MB/s, "
+                f"{(corpus.num_bytes - done) / rate:.0f} s left",
+                flush=True,
+            )
+
+        progress = encode_splits(texts, folder, workers, progress_bar.update, tell)
     if (sum(progress.documents.values()), sum(progress.bytes.values())) != (corpus.num_documents, corpus.num_bytes):
         raise TextsChanged(request.out)
     seconds = time.perf_counter() - start
@@ -468,7 +480,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--val_frac", type=float, help=f"fraction of the documents held out for validation; default: {VAL_FRAC}"
     )
     parser.add_argument(
-        "--workers", type=int, help="cores to use; they change nothing but the time; default: all that are usable"
+        "--workers",
+        type=int,
+        help="processes that encode, and threads that count words for a tokenizer; reading and hashing the texts "
+        "before that takes one; they change nothing but the time; default: all usable cores",
     )
     args = parser.parse_args(argv)
     fixed = [f"--{name}" for name in ("tokenizer", "val_frac", "text_key", "eod_token") if vars(args)[name] is not None]

@@ -118,6 +118,15 @@ def test_the_size_of_chunks_and_parts_changes_nothing(texts, tmp_path, monkeypat
     assert content(tmp_path / "small") == content(tmp_path / "whole")
 
 
+def test_off_a_terminal_every_part_that_is_saved_is_told(texts, tmp_path, small_parts, capsys):
+    assert main(arguments(texts, tmp_path / "set")) == 0
+    said = re.findall(r"^encoded (\d+)% of the text, \d+\.\d MB/s, \d+ s left$", capsys.readouterr().out, re.MULTILINE)
+    shares = [int(share) for share in said]
+    assert shares == sorted(shares)
+    assert len(shares) > 3
+    assert shares[-1] == 100
+
+
 def test_no_process_is_started_that_would_have_no_chunk(texts, tmp_path, capsys):
     assert main(arguments(texts, tmp_path / "set", workers=3)) == 0
     assert "encoding with 1 process\n" in capsys.readouterr().out
@@ -221,13 +230,13 @@ def test_a_worker_that_is_killed_ends_the_preparation_which_can_go_on(
 ):
     encode_splits = prepare_data.encode_splits
 
-    def bereft(of_texts, folder, workers, on_bytes):
+    def bereft(of_texts, folder, workers, on_bytes, on_part):
         def kill_workers(num_bytes: int) -> None:
             for child in multiprocessing.active_children():
                 child.kill()
             on_bytes(num_bytes)
 
-        return encode_splits(of_texts, folder, workers, kill_workers)
+        return encode_splits(of_texts, folder, workers, kill_workers, on_part)
 
     argv = arguments(texts, tmp_path / "set", workers=2)
     monkeypatch.setattr(prepare_data, "encode_splits", bereft)
