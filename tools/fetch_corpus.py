@@ -14,11 +14,13 @@ import argparse
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -42,6 +44,7 @@ LEFT_OUT = re.compile(r"/(_static|_sources|_modules)/|/(genindex[^/]*|py-modinde
 HTML = (".html", ".htm", ".xhtml")
 
 SKIPPED_TAGS = {"script", "style", "title", "nav", "svg", "button", "select", "noscript"}
+VOID_TAGS = set("area base br col embed hr img input link meta source track wbr".split())  # have no end (HTML 13.1.2)
 PARAGRAPHS = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "table", "ul", "ol", "dl", "blockquote", "section"}
 LINES = {"div", "li", "tr", "br", "hr", "dt", "dd", "article", "main", "body"}
 CELLS = {"td", "th"}
@@ -67,7 +70,8 @@ class TextOfPage(HTMLParser):
         given = dict(attrs)
         is_link_mark = "headerlink" in (given.get("class") or "").split()  # Sphinx's paragraph sign behind headings
         if tag in SKIPPED_TAGS or given.get("role") == "navigation" or is_link_mark:
-            self.skipped_tag, self.skipped_depth = tag, 1
+            if tag not in VOID_TAGS:
+                self.skipped_tag, self.skipped_depth = tag, 1
             return
         self.preformatted += tag == "pre"
         self._break(tag)
@@ -112,7 +116,7 @@ def html_to_text(page: str) -> str:
 
 def tidy(text: str) -> str:
     """No blanks at the end of lines, one empty line at most, none around the text."""
-    text = re.sub(r"[ \t\r]+\n", "\n", text.replace("\r\n", "\n"))
+    text = "\n".join(line.rstrip(" \t\r") for line in text.split("\n"))  # in time that grows with the text, no faster
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -156,6 +160,10 @@ def number_of(digits: str) -> int:
     return number
 
 
+class NotInRelease(DataError):
+    """apt's lists have no such package."""
+
+
 class Extracted(NamedTuple):
     path: str  # inside of the package
     text: str
@@ -172,6 +180,9 @@ def extract(folder: Path) -> Iterator[Extracted]:
             texts = list(texts_of(path))
         except UnicodeDecodeError:
             num_bad += 1
+            continue
+        except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
+            print(f"  left out, damaged: {name} ({fault})")
             continue
         for text in texts:
             digest = hashlib.sha256(text.encode("utf-8")).digest()
@@ -199,11 +210,13 @@ def fetch(package: str, folder: Path) -> Path:
     if kept := sorted(folder.glob(f"{package}_*.deb")):
         return kept[-1]
     with tempfile.TemporaryDirectory(dir=folder) as draft:
-        done = subprocess.run(["apt-get", "download", package], cwd=draft, capture_output=True, text=True, check=False)
+        command, english = ["apt-get", "download", package], {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(command, cwd=draft, env=english, capture_output=True, text=True, check=False)
         fetched = list(Path(draft).glob("*.deb"))
         if done.returncode or not fetched:
             errors = [line for line in done.stderr.splitlines() if line.startswith("E:")] or ["no reason given"]
-            raise DataError(
+            refusal = NotInRelease if any("Unable to locate package" in error for error in errors) else DataError
+            raise refusal(
                 f"{package} cannot be fetched: {errors[0].removeprefix('E:').strip()}. Bring apt's lists up to date "
                 "(apt-get update, as root), or name packages that this release has: --packages."
             )
@@ -213,18 +226,27 @@ def fetch(package: str, folder: Path) -> Path:
 def extract_package(deb: Path, out: Path) -> None:
     """Writes the documents of a .deb to `out`, one JSON object a line."""
     with tempfile.TemporaryDirectory(dir=deb.parent) as folder:  # not beside `out`: all text there is read
-        subprocess.run(["dpkg-deb", "-x", str(deb), folder], check=True)
+        dpkg_deb("-x", str(deb), folder)
         lines = [json.dumps({"text": text, "path": path}) for path, text in extract(Path(folder))]
     write_durably(out, "".join(f"{line}\n" for line in lines).encode("utf-8"))
 
 
+def dpkg_deb(option: str, deb: str, *more: str) -> str:
+    """What dpkg-deb prints. Raises DataError if it cannot read `deb`."""
+    done = subprocess.run(["dpkg-deb", option, deb, *more], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"{deb} cannot be unpacked: {reason}. Delete it: the same command fetches it again.")
+    return done.stdout
+
+
 def describe(package: str, deb: Path, text: Path) -> dict[str, Any]:
-    version = subprocess.run(["dpkg-deb", "-f", str(deb), "Version"], capture_output=True, text=True, check=True)
+    version = dpkg_deb("-f", str(deb), "Version")
     with open(text, encoding="utf-8") as lines:
         sizes = [len(json.loads(line)["text"].encode("utf-8")) for line in lines]
     return {
         "package": package,
-        "version": version.stdout.strip(),
+        "version": version.strip(),
         "file": deb.name,
         "sha256": hashlib.sha256(deb.read_bytes()).hexdigest(),
         "documents": len(sizes),
@@ -246,7 +268,7 @@ def fetch_corpus(out: Path, packages: Iterable[str], may_skip: bool) -> None:
     for package in packages:
         try:
             deb = fetch(package, out / "packages")
-        except DataError as refusal:
+        except NotInRelease as refusal:
             if not may_skip:
                 raise
             print(f"{package}: skipped, {str(refusal).partition('. Bring')[0]}", flush=True)

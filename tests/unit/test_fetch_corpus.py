@@ -30,10 +30,17 @@ PROSE = "Forty words of prose that say very little. " * 10
         ('<div role="navigation"><div>menu</div>menu</div>text', "text"),
         ('<h1>Title<a class="headerlink" href="#x">¶</a></h1>text', "Title\n\ntext"),
         ("a<svg/>b", "ab"),
+        ('a<hr role="navigation">b<img class="headerlink">c', "abc"),
     ],
 )
 def test_a_page_becomes_its_text(page, text):
     assert html_to_text(page) == text
+
+
+def test_text_is_tidied_line_by_line():
+    assert fetch_corpus.tidy("\n a \t\r\n\r\n \n\tb\r\r\n c d \v\n\x0c") == "a\n\n\tb\n c d"
+    blanks = " " * 300_000  # a search for what ends a line began anew at each of them
+    assert fetch_corpus.tidy(f"a{blanks}b") == f"a{blanks}b"
 
 
 def test_numbers_of_dictd_have_64_digits():
@@ -77,6 +84,8 @@ def test_the_documents_of_a_package_are_those_of_known_kinds_once_each(tmp_path,
         "doc/copyright": PROSE.encode(),
         "doc/genindex-A.html": f"index {PROSE}".encode(),
         "doc/_sources/a.txt": f"source {PROSE}".encode(),
+        "doc/cut.txt.gz": gzip.compress(f"cut {PROSE}".encode())[:-9],
+        "doc/none.txt.gz": b"no gzip",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +98,11 @@ def test_the_documents_of_a_package_are_those_of_known_kinds_once_each(tmp_path,
     names = ["doc/a.html", "doc/b.html.gz", "doc/c.txt.gz", "doc/d.txt", "doc/words.dict.dz"]
     assert [path for path, _ in found] == names
     assert [text for _, text in found] == [f"{letter} {PROSE}".strip() for letter in "abcde"]
-    assert capsys.readouterr().out == "  left out, not UTF-8: 1 of its files\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "  left out, damaged: doc/cut.txt.gz (Compressed file ended before the end-of-stream marker was reached)",
+        "  left out, damaged: doc/none.txt.gz (Not a gzipped file (b'no'))",
+        "  left out, not UTF-8: 1 of its files",
+    ]
 
 
 @pytest.fixture
@@ -101,10 +114,15 @@ def debian(tmp_path, monkeypatch) -> list[str]:
         if command[:2] == ["apt-get", "download"]:
             package = command[2]
             fetched.append(package)
+            if package == "delta":
+                stderr = "E: Failed to fetch http://deb.debian.org/delta.deb  Could not resolve host\n"
+                return subprocess.CompletedProcess(command, 100, "", stderr)
             if package not in ("alpha", "beta"):
                 stderr = f"N: a note\nE: Unable to locate package {package}\n"
                 return subprocess.CompletedProcess(command, 100, "", stderr)
             (Path(str(settings["cwd"])) / f"{package}_1%3a2_all.deb").write_text(package)
+        elif Path(command[2]).read_text() == "damaged":
+            return subprocess.CompletedProcess(command, 2, "", "dpkg-deb: error: not a Debian format archive\n")
         elif command[1] == "-x":
             (Path(command[3]) / "a.txt").write_text(f"{Path(command[2]).read_text()} {PROSE}")
         return subprocess.CompletedProcess(command, 0, "1:2\n" if command[1] == "-f" else "", "")
@@ -158,6 +176,22 @@ def test_a_package_that_was_named_and_cannot_be_fetched_is_refused(tmp_path, deb
     )
     monkeypatch.setattr(fetch_corpus, "PACKAGES", ["gamma"])
     assert "DataError: none of the packages can be fetched. " in refusal(capsys, ["--out", str(tmp_path)])
+
+
+def test_a_package_of_the_list_is_skipped_only_if_the_release_lacks_it(tmp_path, debian, capsys, monkeypatch):
+    monkeypatch.setattr(fetch_corpus, "PACKAGES", ["gamma", "delta", "beta"])
+    line = refusal(capsys, ["--out", str(tmp_path)])
+    assert line.startswith("DataError: delta cannot be fetched: Failed to fetch http://deb.debian.org/delta.deb")
+
+
+def test_a_damaged_package_is_refused_by_name(tmp_path, debian, capsys):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "beta_1%3a2_all.deb").write_text("damaged")
+    assert refusal(capsys, ["--out", str(tmp_path)]) == (
+        f"DataError: {tmp_path}/packages/beta_1%3a2_all.deb cannot be unpacked: dpkg-deb: error: not a Debian format "
+        "archive. Delete it: the same command fetches it again."
+    )
+    assert list((tmp_path / "text").glob("beta*")) == []
 
 
 def test_a_machine_without_apt_is_refused(tmp_path, monkeypatch, capsys):
