@@ -536,7 +536,9 @@ def one_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the process is about to end
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as a shell may have set it, for what runs in the background
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
