@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -236,7 +237,11 @@ class Encoder:
 
 
 def _refuse_loss(tokenizer: str, document: str, text: str, decoded: str) -> None:
-    """A space in front may come or go: many tokenizers put one there, so that a first word is like any other."""
+    """A space in front may come or go: many tokenizers put one there, so that a first word is like any other.
+
+    And composed characters may take the place of decomposed ones (NFC, as Qwen's tokenizers do): no text is lost by it.
+    """
+    text, decoded = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", decoded)
     if text in (decoded, f" {decoded}") or decoded == f" {text}":
         return
     skipped = decoded.startswith(" ") and not text.startswith(" ")  # the space that was put there

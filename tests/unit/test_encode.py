@@ -364,6 +364,17 @@ def test_a_tokenizer_that_gives_the_text_back_is_taken_also_with_a_space_in_fron
     assert main(["--input", str(texts), "--out", str(tmp_path / "set"), "--tokenizer", str(path)]) == 0
 
 
+def test_a_tokenizer_that_composes_characters_is_taken(texts, tmp_path):
+    """NFC, as Qwen's tokenizers have it: "e" and a combining accent become one character, and no text is lost."""
+    (texts / "0.txt").write_text("cafe\u0301 " * 100)  # the first document of the first chunk
+    assert main(["--input", str(texts), "--out", str(tmp_path / "set"), "--vocab_size", "300"]) == 0
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "set" / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(tmp_path / "nfc.json"))
+    argv = ["--input", str(texts), "--tokenizer", str(tmp_path / "nfc.json")]
+    assert main([*argv, "--out", str(tmp_path / "composed")]) == 0
+
+
 def test_loss_in_a_later_chunk_is_found(texts, tmp_path, small_parts, capsys):
     """Only the first document of each is looked at: the last file is long enough to begin one."""
     (texts / "z.txt").write_text("all the words " * 100)
