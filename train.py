@@ -35,6 +35,7 @@ from launch.run_dir import EXIT_CODES, EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import RunLog, tail_figures
 from launch.zero_settings import offloads, zero_stage
 from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
+from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
@@ -93,6 +94,7 @@ def main(start: Start) -> int:
     finally:
         if trainer is not None:
             trainer.gpu_monitor.close()
+            trainer.compiles.close()
 
 
 def status_of(error: BaseException) -> tuple[Status, str]:
@@ -254,7 +256,7 @@ class Trainer:
         gpu_monitor: GpuMonitor,
     ) -> None:
         self.run, self.topology, self.log, self.data, self.stop = start.run, start.topology, log, data, stop
-        self.gpu_monitor = gpu_monitor
+        self.gpu_monitor, self.compiles = gpu_monitor, CompileWatch()
         self.checkpoints = start.args.run_dir / "checkpoints"
         self.resume_from = checkpoint_name(state.step) if start.beginning.action == "resume" else None
         self.state, self.step, self.samples = state, state.step, state.samples
@@ -308,6 +310,9 @@ class Trainer:
         ep_size = self.topology.ep_size
         seed, checkpointing = self.run.train.seed, self.run.train.activation_checkpointing
         model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, seed, checkpointing)
+        compile_blocks(
+            model.blocks, self.run.compile.mode
+        )  # before initialize(): the engine must see the final modules
         # The optimizer comes built, and without its section: given "Muon", deepspeed 0.19.8 would choose the matrices.
         config = {key: value for key, value in self.run.deepspeed.items() if key != "optimizer"}
         section, router_optimizer = self.run.deepspeed["optimizer"], self.run.train.router_optimizer
@@ -336,7 +341,17 @@ class Trainer:
             self.samples += self.data.train.batches.samples_per_micro_step
         self.timer.stop()
         self.step += 1
+        self.tell_recompiles("training step")
         return stats
+
+    def tell_recompiles(self, phase: str) -> None:
+        """Say what was compiled in a phase that had been compiled before: its shapes or settings change."""
+        count = self.compiles.look(phase)
+        if count:
+            self.log.say(
+                f"compiled again in a {phase} after step {self.step}: {count} graphs ({self.compiles.seconds:.0f} s in "
+                "all). TORCH_LOGS=recompiles tells why."
+            )
 
     def on_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """A batch on the engine's device; pinned first for a GPU, so that the host need not wait for the copy."""
@@ -374,6 +389,8 @@ class Trainer:
             "train/peak_mem_mib": self.peak_memory_mib,
             "time/total_s": time.monotonic() - self.began,
         }
+        if self.compiles.graphs:
+            metrics["time/compile_s"] = self.compiles.seconds
         return metrics | self.speed(self.timer.since_last_call()) | self.gpu_monitor.since_last_call()
 
     def refuse_not_finite(self, metrics: dict[str, float]) -> None:
@@ -413,6 +430,7 @@ class Trainer:
         nats, targets = sums.t().tolist()
         metrics = self.data.val.metrics(nats, targets)
         self.refuse_not_finite(metrics)
+        self.tell_recompiles("validation")
         return metrics
 
     def sample(self) -> None:
@@ -423,7 +441,8 @@ class Trainer:
             return
         self.engine.eval()
         prompt = [self.data.train.text_split.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
-        tokens = self.engine.module.generate(prompt, train.sample_tokens, train.seed)
+        with torch.compiler.set_stance("force_eager"):  # every length of the context would be a graph of its own
+            tokens = self.engine.module.generate(prompt, train.sample_tokens, train.seed)
         self.log.say(f"sample after step {self.step}: {train.sample_prompt + tokenizer.decode(tokens)!r}")
 
     def save(self) -> None:
@@ -464,6 +483,8 @@ class Trainer:
             f"steps: {run.num_steps:,} of {run.tokens_per_step:,} tokens, "
             f"{self.topology.accumulation_steps} micro-steps each"
         )
+        if run.model.moe is not None:
+            self.log.say(f"experts: {run.model.moe.expert_backend}; blocks: compile {run.compile.mode}")
         peak = "unknown, so no MFU" if self.peak_flops is None else f"{self.peak_flops / 1e12:.0f} TFLOP/s"
         self.log.say(f"device: {self.device_name}, BF16 peak {peak}")
         if not on_gpu() and self.engine.bfloat16_enabled() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -485,6 +506,8 @@ class Trainer:
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),
             "peak_mem_mib": self.peak_memory_mib or None,
+            "compiled_graphs": self.compiles.graphs,
+            "recompiles": self.compiles.recompiles,
             **self.gpu_monitor.figures(),
             "val/unigram_bpb": val.get("unigram_bits_per_byte"),
             "val/uniform_bpb": val.get("uniform_bits_per_byte"),

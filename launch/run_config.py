@@ -28,8 +28,8 @@ from launch.deepspeed_keys import (
     stated,
 )
 from launch.optimizer_settings import refuse_optimizer
-from launch.zero_settings import refuse_zero_settings
-from model.config import ActivationCheckpointing, ConfigError, ModelConfig, Section
+from launch.zero_settings import refuse_zero_settings, zero_stage
+from model.config import ActivationCheckpointing, CompileMode, ConfigError, ModelConfig, Section
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +110,12 @@ class LaunchConfig(Section):
         return {"hostfile": alone, "master_addr": alone} if self.num_nodes == 1 else {}
 
 
+class CompileConfig(Section):
+    """`run.compile`: torch.compile of every block. A new graph takes seconds to minutes; see model/compiling.py."""
+
+    mode: CompileMode = "none"  # static: shapes are constants; dynamic: symbols; none: not compiled
+
+
 class WandbConfig(Section):
     """`run.wandb`: Weights & Biases, from rank 0. auto: online with a key, offline without one."""
 
@@ -127,6 +133,7 @@ class RunSection(Section):
     model: ModelConfig
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
     train: TrainConfig
+    compile: CompileConfig = CompileConfig()
     launch: LaunchConfig = LaunchConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -147,6 +154,7 @@ class Run:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    compile: CompileConfig
     launch: LaunchConfig
     wandb: WandbConfig
     deepspeed: dict[str, Any]  # for deepspeed.initialize, as the file spells it
@@ -195,6 +203,7 @@ def resolve(tree: dict[str, Any]) -> Run:
         model=section.model,
         data=section.data,
         train=section.train,
+        compile=section.compile,
         launch=section.launch,
         wandb=section.wandb,
         deepspeed=tree,
@@ -455,3 +464,8 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             raise ConfigError(f"{name}.enabled={json.dumps(tree[name]['enabled'])} is not supported. {way_out}.")
 
     refuse_zero_settings(tree, run.model.moe is not None, run.train.activation_checkpointing)
+    if run.compile.mode != "none" and zero_stage(tree) == 3:
+        raise ConfigError(
+            f"run.compile.mode={run.compile.mode!r} is not supported at zero_optimization.stage=3, which gathers "
+            "weights by hooks within a block. Use 'none', or stage 1 or 2."
+        )

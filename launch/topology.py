@@ -81,7 +81,19 @@ def resolve_topology(run: Run, num_nodes: int, gpus_per_node: int) -> Topology:
             f"{run.micro_batch_size} per GPU x {accumulation} steps x {ranks} ranks. Remove it: it is derived."
         )
     ep_size, reason = resolve_ep_size(run, ranks, where)
+    refuse_static_shapes_that_change(run, ep_size)
     return Topology(num_nodes, gpus_per_node, ep_size, reason, accumulation)
+
+
+def refuse_static_shapes_that_change(run: Run, ep_size: int) -> None:
+    """Dropless experts on several ranks receive as many rows as the others send, another number in every step."""
+    moe = run.model.moe
+    if run.compile.mode == "static" and moe is not None and moe.capacity_factor == 0 and ep_size > 1:
+        raise ConfigError(
+            f"run.compile.mode='static' with run.model.moe.capacity_factor=0.0 (dropless) at ep_size={ep_size}: the "
+            "number of rows that a rank receives changes in every step. Use 'dynamic' or 'none', ep_size 1, or a "
+            "capacity_factor."
+        )
 
 
 def resolve_ep_size(run: Run, ranks: int, where: str) -> tuple[int, str]:

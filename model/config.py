@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 ActivationCheckpointing = Literal["none", "block", "selective"]  # what they mean stands in model/recompute.py
+CompileMode = Literal["static", "dynamic", "none"]  # what they mean stands in model/compiling.py
 
 
 class ConfigError(ValueError):
@@ -57,14 +58,31 @@ class MoEConfig(Section):
     capacity_factor: float = Field(default=1.0, ge=0)  # slots of an expert over tokens * top_k / experts; 0: dropless
     eval_capacity_factor: float = Field(default=0.0, ge=0)  # 0: val/bpb must not depend on the batch around it
     min_capacity: int = Field(default=4, ge=1)  # slots of an expert at the least
+    expert_backend: Literal["bmm", "grouped", "loop"] = (
+        "bmm"  # default: bmm with a capacity_factor, grouped when dropless
+    )
     balance: Literal["aux_loss", "none"] = "aux_loss"  # what keeps the load of the experts even
     aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses
+
+    @model_validator(mode="before")
+    @classmethod
+    def _backend_by_capacity(cls, stated: Any) -> Any:
+        if not isinstance(stated, dict) or stated.get("expert_backend") is not None:
+            return stated
+        dropless = stated.get("capacity_factor") == 0
+        return {**stated, "expert_backend": "grouped" if dropless else "bmm"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k > self.num_experts:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds num_experts={self.num_experts}. Use a top_k of at most {self.num_experts}."
+            )
+        if self.expert_backend == ("bmm" if self.capacity_factor == 0 else "grouped"):
+            needs, use = ("a capacity", "grouped") if self.capacity_factor == 0 else ("dropless routing", "bmm")
+            raise ConfigError(
+                f"expert_backend={self.expert_backend!r} needs {needs}, and capacity_factor={self.capacity_factor}. "
+                f"Use {use!r} or 'loop', or another capacity_factor."
             )
         return self
 

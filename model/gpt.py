@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from model.attention import Attention, RMSNorm, rotary_tables
 from model.config import ActivationCheckpointing, ModelConfig
 from model.data import IGNORED_TARGET
-from model.moe import MLP, MoELayer
+from model.experts import MLP, StackedExperts
+from model.moe import MoELayer
 from model.recompute import run_block
 from model.router import RoutingStats
 
@@ -181,29 +183,44 @@ def global_name(name: str, ep_rank: int, num_local_experts: int) -> str:
 def initialize_weights(model: GPT, seed: int, ep_rank: int) -> None:
     """Give every parameter its first value, a function of (seed, its global name, its shape) and of nothing else.
 
-    So neither the order of modules nor the number of ranks changes a weight, and no two experts start equal (deepspeed
-    0.19.8 moe/experts.py copies one expert). Output projections and gates start at zero: every block is the identity
-    and routing is even at step 0. Other matrices have variance 1/fan_in, embeddings 1, as in nanochat.
+    So neither the order of modules, nor the number of ranks, nor how experts are stored changes a weight, and no two
+    experts start equal (deepspeed 0.19.8 moe/experts.py copies one expert).
     """
-    config = model.config
     num_local = next((m.num_local_experts for m in model.modules() if isinstance(m, MoELayer)), 0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_matrices(model):
         key = f"{seed}/{global_name(name, ep_rank, num_local)}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in ("o_proj", "w2", "wg", "value_gate"):
-            parameter.zero_()
-        elif kind in ("q_proj", "k_proj", "v_proj", "w1"):
-            bound = (3 / parameter.shape[1]) ** 0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif kind == "value_embedding":
-            bound = (3 / config.hidden_size) ** 0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif kind == "token_embedding":
-            # A tied matrix is also the head: a token's logit for itself starts at std * hidden_size, and must be small.
-            parameter.normal_(0.0, 1 / config.hidden_size if config.tie_embeddings else 1.0, generator=generator)
-        elif kind == "lm_head":
-            parameter.normal_(0.0, 0.001, generator=generator)
+        initialize(name, parameter, model.config, generator)
+
+
+def named_matrices(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name; of stacked experts each expert's part (a view), by the name it has in a state dict."""
+    stacks = {name: m for name, m in model.named_modules() if isinstance(m, StackedExperts)}
+    for name, parameter in model.named_parameters():
+        parent, _, kind = name.rpartition(".")
+        if parent in stacks:
+            yield from zip(stacks[parent].names(f"{parent}.", kind), parameter, strict=True)
         else:
-            assert kind.endswith("norm"), f"no rule for the first value of {name}"
-            parameter.fill_(1.0)
+            yield name, parameter
+
+
+def initialize(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """Output projections and gates start at zero: every block is the identity and routing is even at step 0. Other
+    matrices have variance 1/fan_in, embeddings 1, as in nanochat."""
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    if kind in ("o_proj", "w2", "wg", "value_gate"):
+        parameter.zero_()
+    elif kind in ("q_proj", "k_proj", "v_proj", "w1"):
+        bound = (3 / parameter.shape[1]) ** 0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    elif kind == "value_embedding":
+        bound = (3 / config.hidden_size) ** 0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+    elif kind == "token_embedding":
+        # A tied matrix is also the head: a token's logit for itself starts at std * hidden_size, and must be small.
+        parameter.normal_(0.0, 1 / config.hidden_size if config.tie_embeddings else 1.0, generator=generator)
+    elif kind == "lm_head":
+        parameter.normal_(0.0, 0.001, generator=generator)
+    else:
+        assert kind.endswith("norm"), f"no rule for the first value of {name}"
+        parameter.fill_(1.0)

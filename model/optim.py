@@ -142,8 +142,9 @@ def assignment_table(assignments: list[Assignment], ep_size: int) -> str:
     counts: dict[tuple[Any, ...], int] = {}
     for row in assignments:
         name = NUMBER_IN_NAME.sub(".*.", row.name)
-        key = (name, row.shape, row.optimizer, row.lr, row.weight_decay)
-        counts[key] = counts.get(key, 0) + (ep_size if row.is_expert else 1)
+        key = (name, row.shape[-2:], row.optimizer, row.lr, row.weight_decay)
+        stacked = row.shape[0] if len(row.shape) == 3 else 1  # experts, one matrix each
+        counts[key] = counts.get(key, 0) + stacked * (ep_size if row.is_expert else 1)
     cells = [("parameter", "count", "shape", "optimizer", "lr", "decay")]
     for (name, shape, optimizer, lr, decay), count in counts.items():
         cells.append((name, str(count), " x ".join(map(str, shape)), optimizer, f"{lr:g}", f"{decay:g}"))

@@ -29,13 +29,13 @@ KEPT_OPERATORS = [
     ops.aten.addmm.default,
     ops.aten.bmm.default,
     ops.aten.baddbmm.default,
-    ops.aten._grouped_mm.default,
     ops.aten._scaled_mm.default,
     ops.aten._scaled_grouped_mm.default,
     ops.aten._scaled_dot_product_flash_attention.default,
     ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
+    ops.moelab.grouped_linear.default,
     ops.moelab.all_to_all.default,
 ]
 

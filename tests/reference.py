@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ def moe_layer(
     """(y_TD, aux_loss, kept routes as (token, expert)) of one rank's tokens in training mode."""
     T, E, K = x_TD.shape[0], config.num_experts, config.top_k
     capacity = (
-        T if config.capacity_factor == 0 else max(config.min_capacity, math.ceil(config.capacity_factor * T * K / E))
+        T
+        if config.capacity_factor == 0
+        else max(config.min_capacity, math.ceil(Fraction(str(config.capacity_factor)) * T * K / E))
     )
     probs_TE = torch.softmax(x_TD @ wg_ED.t(), dim=-1)
     used, chosen_count, kept, rows = [0] * E, [0] * E, [], []

@@ -13,7 +13,7 @@ import torch
 
 from launch.run_config import REPO_ROOT, load_run
 from model.config import ModelConfig
-from model.gpt import GPT, global_name
+from model.gpt import GPT, global_name, named_matrices
 from model.optim import build_optimizer
 from ranks import RankPool
 
@@ -33,7 +33,7 @@ def batch(step: int) -> torch.Tensor:
 @torch.no_grad()
 def wake_up(model: GPT, ep_rank: int, num_local: int) -> None:
     """Replace the zeros of a fresh model (gates, output projections) by values that depend on the global name alone."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_matrices(model):
         if not parameter.any():
             seed = sum(global_name(name, ep_rank, num_local).encode())
             parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(seed))
@@ -74,7 +74,7 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
         norms.append(float(engine.get_global_grad_norm()))
     weights = {
         global_name(name, rank % ep_size, num_local): parameter.detach().clone()
-        for name, parameter in engine.module.named_parameters()
+        for name, parameter in named_matrices(engine.module)
     }
     engine.destroy()
     return {"losses": losses, "norms": norms, "weights": weights}
@@ -95,7 +95,7 @@ def train_in_one_process(config: ModelConfig) -> dict[str, Any]:
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         losses.append(loss.item())
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in named_matrices(model)}
     return {"losses": losses, "norms": norms, "weights": weights}
 
 

@@ -14,8 +14,8 @@ import torch
 from test_expert_parallelism import batch, tiny_model, wake_up
 
 from model.config import ModelConfig
-from model.gpt import GPT, global_name
-from model.optim import assign, build_optimizer, set_lr
+from model.gpt import GPT, global_name, named_matrices
+from model.optim import Assignment, assign, build_optimizer, set_lr
 from ranks import RankPool
 from reference import adamw_step, muon_step
 
@@ -64,7 +64,7 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero: dict[str, Any], rout
             engine.step()
     weights = {
         global_name(name, rank % ep_size, num_local): parameter.detach().clone()
-        for name, parameter in engine.module.named_parameters()
+        for name, parameter in named_matrices(engine.module)
     }
     engine.destroy()
     return weights
@@ -82,19 +82,25 @@ def train_in_one_process(config: ModelConfig, router_optimizer: str) -> dict[str
         model.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:])[0].backward()
         for name, parameter in model.named_parameters():
-            row, grad = rows[name], parameter.grad
-            assert grad is not None
-            settings = {"lr": FACTORS[step] * row.lr, "weight_decay": row.weight_decay}
-            zero = torch.zeros_like(grad)
-            if row.optimizer == "muon":
-                weight, state[name] = muon_step(parameter.data, grad, state.get(name, zero), **settings, beta=0.9)
-            else:
-                moments = state.get(name, (zero, zero))
-                weight, state[name] = adamw_step(
-                    parameter.data, grad, moments, step + 1, **settings, betas=(0.8, 0.95), eps=1e-6
-                )
-            parameter.data = weight
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+            assert parameter.grad is not None
+            stacked = parameter.ndim == 3  # of experts: each matrix by the formula on its own
+            weights, grads = (t if stacked else t.unsqueeze(0) for t in (parameter.data, parameter.grad))
+            for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+                key = f"{name}.{i}"
+                updated, state[key] = one_step(rows[name], weight, grad, state.get(key), step)
+                weight.copy_(updated)
+    return {name: parameter.detach() for name, parameter in named_matrices(model)}
+
+
+def one_step(
+    row: Assignment, weight: torch.Tensor, grad: torch.Tensor, state: Any, step: int
+) -> tuple[torch.Tensor, Any]:
+    settings = {"lr": FACTORS[step] * row.lr, "weight_decay": row.weight_decay}
+    zero = torch.zeros_like(grad)
+    if row.optimizer == "muon":
+        return muon_step(weight, grad, zero if state is None else state, **settings, beta=0.9)
+    moments = (zero, zero) if state is None else state
+    return adamw_step(weight, grad, moments, step + 1, **settings, betas=(0.8, 0.95), eps=1e-6)
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.moe.utils import is_moe_param
 
 from launch.run_config import REPO_ROOT, load_run
 from model import gpt
 from model.config import ModelConfig, MoEConfig
 from model.flops import count_parameters
-from model.gpt import GPT
+from model.gpt import GPT, named_matrices
 
 B, S, V = 2, 16, 64
 
@@ -68,7 +69,7 @@ OPTIONS = [
 def test_counts_are_those_of_the_built_model(options: dict[str, object]) -> None:
     model = GPT(config(**options))
     assert count_parameters(model.config).total == sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if "deepspeed_experts" in name)
+    experts = sum(p.numel() for p in model.parameters() if is_moe_param(p))
     assert count_parameters(model.config).expert == experts
 
 
@@ -136,10 +137,10 @@ def test_without_moe_the_model_is_the_dense_one() -> None:
 
 
 def test_experts_start_by_their_global_number_whatever_the_ep_size() -> None:
-    whole = dict(GPT(config(), seed=7).named_parameters())
+    whole = dict(named_matrices(GPT(config(), seed=7)))
     name = "blocks.0.mlp.deepspeed_moe.experts.deepspeed_experts.{}.w1.weight"
     for ep_rank in (0, 1):
-        half = dict(GPT(config(), ep_size=2, ep_rank=ep_rank, seed=7).named_parameters())
+        half = dict(named_matrices(GPT(config(), ep_size=2, ep_rank=ep_rank, seed=7)))
         for local in (0, 1):
             assert torch.equal(half[name.format(local)], whole[name.format(2 * ep_rank + local)])
         assert torch.equal(half["lm_head.weight"], whole["lm_head.weight"])
@@ -150,7 +151,7 @@ def test_the_first_values_never_change_silently() -> None:
     """A golden value for each kind: weights are a function of (seed, name, shape)."""
     golden = json.loads((Path(__file__).parent / "golden_weights.json").read_text())
     model = GPT(config(value_embeddings=True), seed=0)
-    assert {name: p.flatten()[0].item() for name, p in model.named_parameters() if p.any()} == pytest.approx(golden)
+    assert {name: p.flatten()[0].item() for name, p in named_matrices(model) if p.any()} == pytest.approx(golden)
 
 
 def test_the_aux_loss_enters_the_loss_by_its_coefficient() -> None:

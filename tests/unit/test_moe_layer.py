@@ -7,47 +7,75 @@ import torch
 
 import reference
 from model.config import MoEConfig
-from model.moe import MoELayer, route_in_slot
+from model.dispatch import dispatch, make_plan
+from model.experts import StackedExperts
+from model.moe import MoELayer
 from model.router import choose_top_k
 
 T, D, F, E = 24, 8, 16, 4
 
 
-def build(activation: str = "relu2", **moe: object) -> tuple[MoELayer, MoEConfig]:
-    """A float64 layer with random weights everywhere, the gate included."""
+def build(activation: str = "relu2", dtype: torch.dtype = torch.float64, **moe: object) -> tuple[MoELayer, MoEConfig]:
+    """A layer with random weights everywhere, the gate included."""
     config = MoEConfig(num_experts=E, ffn_hidden_size=F, **moe)
-    layer = MoELayer(D, config, activation).double()
+    layer = MoELayer(D, config, activation).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        for name in ("gate.wg.weight", *experts_in_state(layer)):
+            weight = dict(layer.deepspeed_moe.state_dict(keep_vars=True))[name]
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.5)
     return layer, config
 
 
-def stacked(layer: MoELayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copies of the layer's gate and expert weights that collect gradients of their own."""
-    experts = layer.deepspeed_moe.experts.deepspeed_experts
-    weights = (
-        layer.deepspeed_moe.gate.wg.weight,
-        torch.stack([expert.w1.weight for expert in experts]),
-        torch.stack([expert.w2.weight for expert in experts]),
-    )
-    return tuple(weight.detach().clone().requires_grad_() for weight in weights)
+def experts_in_state(layer: MoELayer) -> list[str]:
+    return sorted(name for name in layer.deepspeed_moe.state_dict() if "deepspeed_experts" in name)
+
+
+def weights_of(layer: MoELayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """wg [E, D], w1 [E, F, D] and w2 [E, D, F], however the experts are stored."""
+    state = layer.deepspeed_moe.state_dict()
+    names = experts_in_state(layer)
+    w1, w2 = (torch.stack([state[name] for name in names if f".{kind}." in name]) for kind in ("w1", "w2"))
+    return state["gate.wg.weight"], w1, w2
+
+
+def copies_with_gradient(layer: MoELayer) -> tuple[torch.Tensor, ...]:
+    return tuple(weight.detach().clone().requires_grad_() for weight in weights_of(layer))
+
+
+def gradients_of(layer: MoELayer) -> list[torch.Tensor]:
+    """Gradients of what weights_of returns."""
+    gate, experts = layer.deepspeed_moe.gate, layer.deepspeed_moe.experts
+    if isinstance(experts, StackedExperts):
+        return [gate.wg.weight.grad, experts.w1.grad, experts.w2.grad]
+    both = (torch.stack([getattr(e, kind).weight.grad for e in experts.deepspeed_experts]) for kind in ("w1", "w2"))
+    return [gate.wg.weight.grad, *both]
+
+
+# Capacity and backend; torch's grouped GEMM has no fp64, the loop beside it proves the rest of the dropless path in it.
+WAYS = [
+    (0.0, "loop", torch.float64),
+    (0.0, "grouped", torch.float32),
+    (0.5, "bmm", torch.float64),
+    (1.0, "bmm", torch.float64),
+    (1.0, "loop", torch.float64),
+    (4.0, "bmm", torch.float64),
+]
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-@pytest.mark.parametrize("capacity_factor", [0.0, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("capacity_factor", "backend", "dtype"), WAYS)
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_layer_equals_the_reference_in_values_and_gradients(
-    top_k: int, capacity_factor: float, activation: str
+    top_k: int, capacity_factor: float, backend: str, dtype: torch.dtype, activation: str
 ) -> None:
-    layer, config = build(activation, top_k=top_k, capacity_factor=capacity_factor, min_capacity=1)
-    x_BSD = torch.randn(
-        2, T // 2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
+    layer, config = build(
+        activation, dtype, top_k=top_k, capacity_factor=capacity_factor, expert_backend=backend, min_capacity=1
     )
+    x_BSD = torch.randn(2, T // 2, D, dtype=dtype, generator=torch.Generator().manual_seed(2), requires_grad=True)
     y_BSD, stats = layer(x_BSD)
     x_TD = x_BSD.detach().reshape(T, D).clone().requires_grad_()
-    wg, w1, w2 = stacked(layer)
+    wg, w1, w2 = copies_with_gradient(layer)
     expected_TD, aux_loss, kept = reference.moe_layer(x_TD, wg, w1, w2, config, activation)
 
     torch.testing.assert_close(y_BSD.reshape(T, D), expected_TD)
@@ -55,30 +83,20 @@ def test_layer_equals_the_reference_in_values_and_gradients(
     assert int(stats.dropped) == T * top_k - len(kept)
     assert int(stats.tokens_per_expert_E.sum()) == T * top_k
 
-    grad = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    grad = torch.randn(T, D, dtype=dtype, generator=torch.Generator().manual_seed(3))
     ((y_BSD.reshape(T, D) * grad).sum() + stats.aux_loss).backward()
     ((expected_TD * grad).sum() + aux_loss).backward()
-    got = stacked_gradients(layer)
-    for name, ours, theirs in zip(("wg", "w1", "w2"), got, (wg.grad, w1.grad, w2.grad), strict=True):
+    for name, ours, theirs in zip(("wg", "w1", "w2"), gradients_of(layer), (wg.grad, w1.grad, w2.grad), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(x_BSD.grad.reshape(T, D), x_TD.grad)
-
-
-def stacked_gradients(layer: MoELayer) -> list[torch.Tensor]:
-    experts = layer.deepspeed_moe.experts.deepspeed_experts
-    return [
-        layer.deepspeed_moe.gate.wg.weight.grad,
-        torch.stack([expert.w1.weight.grad for expert in experts]),
-        torch.stack([expert.w2.weight.grad for expert in experts]),
-    ]
 
 
 def test_exactly_the_predicted_routes_are_dropped() -> None:
     layer, config = build(top_k=2, capacity_factor=0.5, min_capacity=1)
     x_TD = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    routing = layer.deepspeed_moe.gate(x_TD)
-    *_, kept = reference.moe_layer(x_TD, *stacked(layer), config)
-    table = route_in_slot(routing, E * routing.capacity).view(E, routing.capacity)
+    plan = layer.deepspeed_moe.gate(x_TD).plan
+    *_, kept = reference.moe_layer(x_TD, *weights_of(layer), config)
+    table = plan.route_of_row_N.view(E, plan.capacity)
     ours = {(int(route) // 2, expert) for expert in range(E) for route in table[expert] if route < T * 2}
     assert ours == set(kept)
 
@@ -91,21 +109,53 @@ def prefer_expert_two(layer: MoELayer) -> None:
 
 
 def test_dropless_keeps_every_route_even_when_all_choose_one_expert() -> None:
-    layer, _ = build(top_k=1, capacity_factor=0.0)
+    layer, _ = build(dtype=torch.float32, top_k=1, capacity_factor=0.0)
     prefer_expert_two(layer)
-    _, stats = layer(torch.ones(1, T, D, dtype=torch.float64))
+    _, stats = layer(torch.ones(1, T, D))
     assert stats.tokens_per_expert_E.tolist() == [0, 0, T, 0]
     assert int(stats.dropped) == 0
 
 
-def test_experts_without_tokens_give_zero_gradients_and_no_nan() -> None:
+@pytest.mark.parametrize(("capacity_factor", "backend"), [(1.0, "bmm"), (1.0, "loop"), (0.0, "grouped"), (0.0, "loop")])
+def test_experts_without_tokens_give_zero_gradients_and_no_nan(capacity_factor: float, backend: str) -> None:
+    layer, _ = build(dtype=torch.float32, top_k=1, capacity_factor=capacity_factor, expert_backend=backend)
+    prefer_expert_two(layer)
+    y, _ = layer(torch.ones(1, T, D))
+    y.sum().backward()
+    for grad in gradients_of(layer)[1:]:
+        assert grad[[0, 1, 3]].abs().max() == 0
+        assert grad[2].abs().max() > 0
+        assert grad.isfinite().all()
+
+
+def test_rows_without_a_token_are_zeros_for_the_experts_and_in_their_output() -> None:
     layer, _ = build(top_k=1, capacity_factor=1.0)
     prefer_expert_two(layer)
-    y, _ = layer(torch.ones(1, T, D, dtype=torch.float64))
-    y.sum().backward()
-    _, w1_grad, _ = stacked_gradients(layer)
-    assert w1_grad[[0, 1, 3]].abs().max() == 0
-    assert w1_grad.isfinite().all()
+    x_TD = torch.ones(T, D, dtype=torch.float64)
+    plan = layer.deepspeed_moe.gate(x_TD).plan
+    rows_ECD = dispatch(x_TD, plan).view(E, -1, D)
+    for each in (rows_ECD, layer.deepspeed_moe.experts(rows_ECD)):
+        assert each[[0, 1, 3]].abs().max() == 0
+        assert each[2].abs().min() > 0
+
+
+@pytest.mark.parametrize("capacity", [None, 1, 5, 24])
+def test_the_two_tables_of_a_plan_invert_each_other_and_lose_no_route(capacity: int | None) -> None:
+    K = 3
+    expert_TK = torch.rand(T, E, generator=torch.Generator().manual_seed(6)).topk(K).indices
+    plan = make_plan(expert_TK, E, capacity)
+    rows, routes = plan.route_of_row_N, plan.row_of_route_TK.flatten()
+    kept = routes < len(rows)
+    assert torch.equal(rows[routes[kept]], torch.arange(T * K)[kept])
+    assert int((rows < T * K).sum()) == int(kept.sum()), "a row that holds a route that went elsewhere"
+    counts = torch.bincount(expert_TK.flatten(), minlength=E)
+    assert torch.equal(plan.tokens_per_expert_E, counts)
+    if capacity is None:
+        assert kept.all()
+        assert torch.equal(expert_TK.flatten()[rows], torch.arange(E).repeat_interleave(counts))
+    else:
+        assert int(kept.sum()) == int(counts.clamp(max=capacity).sum())
+        assert torch.equal(expert_TK.flatten()[kept], routes[kept] // capacity)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 1), (8, 2), (6, 3), (64, 6)])
@@ -116,7 +166,7 @@ def test_equal_scores_load_all_experts_evenly(num_experts: int, top_k: int) -> N
 
 
 def test_different_scores_are_chosen_as_topk_does() -> None:
-    scores_TE = torch.rand(100, 8, generator=torch.Generator().manual_seed(0))
+    scores_TE = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(choose_top_k(scores_TE, 3), scores_TE.topk(3).indices)
 
 
@@ -137,7 +187,7 @@ def test_the_loss_reaches_the_router(top_k: int) -> None:
 
 
 def test_evaluation_uses_its_own_capacity() -> None:
-    layer, _ = build(top_k=2, capacity_factor=0.25, eval_capacity_factor=0.0, min_capacity=1)
-    x = torch.randn(1, T, D, dtype=torch.float64)
+    layer, _ = build(dtype=torch.float32, top_k=2, capacity_factor=0.25, eval_capacity_factor=0.0, min_capacity=1)
+    x = torch.randn(1, T, D)
     assert int(layer(x)[1].dropped) > 0
     assert int(layer.eval()(x)[1].dropped) == 0

@@ -1,0 +1,119 @@
+"""Rows of tokens to the experts and back: who goes where, and the gathers that carry them.
+
+    plan       routes in expert order, tokens in their own order within an expert; from this two tables that invert
+               each other: row_of_route (where route t*K+k went) and route_of_row (who sits in row n)
+    dispatch   x [T, D] -> rows [N, D]      rows[n] = x[route_of_row[n] // K]
+    combine    rows [N, D] -> y [T, D]      y[t] = sum_k gates[t, k] * rows[row_of_route[t, k]]
+
+Both directions gather, in the backward pass too, through the other table: no atomics, so gradients are deterministic.
+Fixed capacity: N = E*C rows, expert e owns rows [e*C, (e+1)*C); what has no row is dropped, what has no route is zeros.
+Dropless: N = T*K rows, all in use, and `ends` says where each expert's rows end.
+
+T tokens of this rank, D hidden_size, E experts, L local experts, C capacity, K top_k, R = T*K routes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """Where every route of a micro-batch goes; all shapes are known on the host."""
+
+    capacity: int | None  # C: rows of an expert; None when dropless
+    row_of_route_TK: Tensor  # int64, in [0, N]; N marks a dropped route
+    route_of_row_N: Tensor  # int64, in [0, T*K]; T*K marks a row that stays empty
+    tokens_per_expert_E: Tensor  # int64, counted before any route is dropped
+    ends_E: Tensor  # int32, one past an expert's last route in expert order (its rows, when dropless)
+
+
+def make_plan(expert_TK: Tensor, num_experts: int, capacity: int | None) -> Plan:
+    """Give every route of expert_TK (int64 [T, K]) a row; earlier tokens first where an expert has too few."""
+    routes = expert_TK.numel()
+    ascending_R = torch.arange(routes, device=expert_TK.device)
+    expert_R, route_R = expert_TK.flatten().sort(stable=True)
+    starts_E1 = torch.searchsorted(expert_R, torch.arange(num_experts + 1, device=expert_TK.device))
+    count_E = starts_E1.diff()
+    if capacity is None:
+        row_R, route_of_row_N = ascending_R, route_R
+    else:
+        position_R = ascending_R - starts_E1[expert_R]
+        row_R = torch.where(position_R < capacity, expert_R * capacity + position_R, num_experts * capacity)
+        slot_C = torch.arange(capacity, device=expert_TK.device)
+        sorted_EC = (starts_E1[:-1, None] + slot_C).clamp(max=routes - 1)  # an empty slot reads any route, and drops it
+        route_of_row_N = torch.where(slot_C < count_E[:, None], route_R[sorted_EC], routes).flatten()
+    row_of_route_TK = torch.empty_like(row_R).scatter(0, route_R, row_R).view_as(expert_TK)  # inverts a permutation
+    return Plan(capacity, row_of_route_TK, route_of_row_N, count_E, starts_E1[1:].to(torch.int32))
+
+
+def dispatch(x_TD: Tensor, plan: Plan) -> Tensor:
+    """Rows [N, D] of the tokens in expert order; empty rows are zeros."""
+    return GatherRows.apply(x_TD, plan.route_of_row_N // plan.row_of_route_TK.shape[1], plan.row_of_route_TK)
+
+
+def combine(rows_ND: Tensor, gates_TK: Tensor, plan: Plan) -> Tensor:
+    """Every token's sum of its rows, weighted by its gates: [T, D]. A token that lost all its routes gets zeros.
+
+    A gate is rounded to the type of the rows, as in DeepSpeed's layer; the sum is in fp32 (in fp64 for fp64 rows).
+    """
+    return WeightedSum.apply(rows_ND, gates_TK, plan.row_of_route_TK, plan.route_of_row_N)
+
+
+class GatherRows(torch.autograd.Function):
+    """rows[index], where index N means a row of zeros; the backward pass gathers too, through the inverse index.
+
+    rows [N, D]; index [M] in [0, N]; inverse [N, J] in [0, M]: the places that row n went to (M for none).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return sum_of_rows(grad, inverse), None, None
+
+
+class WeightedSum(torch.autograd.Function):
+    """sum_k gates[t, k] * rows[row_of_route[t, k]], and its gradients by gathering."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, row_of_route: Tensor, route_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, row_of_route, route_of_row)
+        return sum_of_rows(rows, row_of_route, gates)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        rows, gates, row_of_route, route_of_row = ctx.saved_tensors
+        T, K = gates.shape
+        token = (route_of_row // K).clamp(max=T - 1)  # an empty row takes any token's gradient, times a gate of 0
+        grad_of_row = grad.index_select(0, token)
+        gate_of_row = F.pad(gates.flatten(), (0, 1)).index_select(0, route_of_row).to(rows.dtype)
+        dots = F.pad(row_dots(grad_of_row, rows).to(gates.dtype), (0, 1))
+        return grad_of_row * gate_of_row.unsqueeze(1), dots[row_of_route], None, None
+
+
+def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """sum_k weights[t, k] * rows[index[t, k]] as [T, D], without weights the plain sum; index N adds nothing."""
+    N = rows_ND.shape[0]
+    there_TK = index_TK < N
+    weights_TK = there_TK if weights_TK is None else torch.where(there_TK, weights_TK, 0)
+    weights_TK, index_TK = weights_TK.to(rows_ND.dtype), index_TK.clamp(max=N - 1)
+    if rows_ND.is_cuda or torch.compiler.is_compiling():  # inductor makes one kernel of this
+        return (rows_ND[index_TK] * weights_TK.unsqueeze(-1)).sum(1)
+    # On the CPU torch has that kernel, under another name; the formula above takes ten times as long.
+    return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
+
+
+def row_dots(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """Dot products of equal rows, [N]; in fp32 where a compiler keeps the wider copies out of memory."""
+    if a_ND.is_cuda or torch.compiler.is_compiling():
+        precise = torch.promote_types(a_ND.dtype, torch.float32)
+        return (a_ND.to(precise) * b_ND.to(precise)).sum(1)
+    return torch.linalg.vecdot(a_ND, b_ND)
