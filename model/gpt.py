@@ -20,7 +20,7 @@ from model.config import ActivationCheckpointing, ModelConfig
 from model.data import IGNORED_TARGET
 from model.experts import MLP, StackedExperts
 from model.moe import MoELayer
-from model.recompute import run_block
+from model.recompute import run_keeping
 from model.router import RoutingStats
 
 
@@ -37,8 +37,11 @@ class Stats(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block; `mlp` is an MLP or an MoELayer."""
 
-    def __init__(self, config: ModelConfig, layer: int, ep_size: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, ep_size: int, activation_checkpointing: ActivationCheckpointing
+    ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_affine)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_affine)
@@ -50,6 +53,11 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, config.activation)
 
     def forward(
+        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, RoutingStats | None]:
+        return run_keeping(self.activation_checkpointing, self._forward, x_BSD, tokens_BS, rotary)
+
+    def _forward(
         self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, RoutingStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), tokens_BS, rotary)
@@ -81,12 +89,14 @@ class GPT(nn.Module):
         activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
-        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_norm = (
             RMSNorm(config.hidden_size, config.norm_affine) if config.embedding_norm else nn.Identity()
         )
-        self.blocks = nn.ModuleList(Block(config, layer, ep_size) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer, ep_size, activation_checkpointing) for layer in range(config.num_layers)
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_affine)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -118,7 +128,7 @@ class GPT(nn.Module):
         x_BSD = self.embedding_norm(self.token_embedding(tokens_BS))
         routing: list[RoutingStats] = []
         for block in self.blocks:
-            x_BSD, stats = run_block(block, self.activation_checkpointing)(x_BSD, tokens_BS, rotary)
+            x_BSD, stats = block(x_BSD, tokens_BS, rotary)
             if stats is not None:
                 routing.append(stats)
         return self.final_norm(x_BSD), routing

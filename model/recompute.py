@@ -13,11 +13,10 @@ Ranks that share experts repeat their collectives in step: all of them run the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from torch import nn, ops
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch import ops
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import model.moe  # noqa: F401  defines moelab::all_to_all
 from model.config import ActivationCheckpointing
@@ -40,10 +39,18 @@ KEPT_OPERATORS = [
 ]
 
 
-def run_block(block: nn.Module, how: ActivationCheckpointing) -> Callable[..., Any]:
-    """`block` as a function that keeps for its backward pass what `how` says, wherever gradients are recorded."""
+def selective() -> Any:
+    return create_selective_checkpoint_contexts(KEPT_OPERATORS)
+
+
+def run_keeping(how: ActivationCheckpointing, function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, a block's forward pass, which keeps for its backward pass what `how` says.
+
+    Called within what is compiled, where inductor recomputes the same: around a compiled block torch sees its inputs
+    only. No block draws random numbers, so there is no generator to restore (a copy from the device on every block).
+    """
     if how == "none":
-        return block
-    contexts = partial(create_selective_checkpoint_contexts, KEPT_OPERATORS) if how == "selective" else noop_context_fn
-    # No block draws random numbers, so there is no generator to restore (a copy from the device on every block).
-    return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return function(*inputs)
+    if how == "block":
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=selective)

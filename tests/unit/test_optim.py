@@ -86,9 +86,8 @@ def test_the_table_counts_experts_over_all_ranks_and_agrees_with_the_groups() ->
     model = tiny()
     lines = assignment_table(assign(model, MUON, "adamw"), ep_size=2).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
-    assert rows["blocks.*.mlp.deepspeed_moe.experts.w1"] == ["16", "32", "x", "32", "muon", "0.02", "0.1"], (
-        "2 blocks of 4 experts here, on 2 ranks"
-    )
+    expected = ["16", "32", "x", "32", "muon", "0.02", "0.1"]
+    assert rows["blocks.*.mlp.deepspeed_moe.experts.w1"] == expected, "2 blocks of 4 experts here, on 2 ranks"
     assert rows["blocks.*.mlp.deepspeed_moe.gate.wg.weight"] == ["2", "4", "x", "32", "adamw", "0.001", "0.1"]
     assert rows["blocks.*.attention_norm.weight"] == ["2", "32", "adamw", "0.001", "0"]
     others = sum(int(row[0]) for name, row in rows.items() if ".experts." not in name)
