@@ -346,11 +346,11 @@ class Trainer:
 
     def tell_recompiles(self, phase: str) -> None:
         """Say what was compiled in a phase that had been compiled before: its shapes or settings change."""
-        count = self.compiles.look(phase)
-        if count:
+        graphs = self.compiles.look(phase)
+        if graphs:
             self.log.say(
-                f"compiled again in a {phase} after step {self.step}: {count} graphs ({self.compiles.seconds:.0f} s in "
-                "all). TORCH_LOGS=recompiles tells why."
+                f"compiled again in a {phase} after step {self.step}: {', '.join(graphs)} "
+                f"({self.compiles.seconds:.0f} s in all). TORCH_LOGS=recompiles tells why."
             )
 
     def on_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -506,7 +506,7 @@ class Trainer:
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),
             "peak_mem_mib": self.peak_memory_mib or None,
-            "compiled_graphs": self.compiles.graphs,
+            "compiled_graphs": len(self.compiles.graphs),
             "recompiles": self.compiles.recompiles,
             **self.gpu_monitor.figures(),
             "val/unigram_bpb": val.get("unigram_bits_per_byte"),

@@ -11,11 +11,11 @@ gradients of a block reach ZeRO while the block before it still runs backwards. 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
-import torch._dynamo.callback
+import torch._dynamo
 from torch import nn
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
 from model.config import CompileMode
 
@@ -39,30 +39,31 @@ class CompileWatch:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.graphs = 0
+        self.graphs: list[str] = []  # "forward 0/1", "backward 0/1" ...: the frame, and how many graphs it had before
         self.recompiles = 0
         self._began = 0.0
         self._at_last_look = 0
         self._seen: set[str] = set()
-        torch._dynamo.callback.on_compile_start(self._start)
-        torch._dynamo.callback.on_compile_end(self._end)
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
 
-    def _start(self, _: Any) -> None:
+    def _start(self, _: CallbackArgs) -> None:
         self._began = time.perf_counter()
 
-    def _end(self, _: Any) -> None:
+    def _end(self, args: CallbackArgs) -> None:
         self.seconds += time.perf_counter() - self._began
-        self.graphs += 1
+        backward = args.callback_trigger is CallbackTrigger.LAZY_BACKWARD
+        self.graphs.append(f"{'backward' if backward else 'forward'} {args.compile_id}")
 
-    def look(self, phase: str) -> int:
-        """After a phase ("training step", "validation"): how much was compiled in it though the phase was not new."""
-        new, self._at_last_look = self.graphs - self._at_last_look, self.graphs
+    def look(self, phase: str) -> list[str]:
+        """After a phase ("training step", "validation"): the graphs made in it, unless it is the first of its kind."""
+        new, self._at_last_look = self.graphs[self._at_last_look :], len(self.graphs)
         if phase not in self._seen:
             self._seen.add(phase)
-            return 0
-        self.recompiles += new
+            return []
+        self.recompiles += len(new)
         return new
 
     def close(self) -> None:
-        torch._dynamo.callback.callback_handler.remove_start_callback(self._start)
-        torch._dynamo.callback.callback_handler.remove_end_callback(self._end)
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._end)

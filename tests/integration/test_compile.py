@@ -1,0 +1,222 @@
+"""Compiled blocks: the graphs that are expected and no more, the eager model's numbers, and no wait for the host."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_expert_parallelism import batch, tiny_model, wake_up
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from launch.run_config import REPO_ROOT, load_run
+from model.compiling import CompileWatch, compile_blocks
+from model.config import ActivationCheckpointing, CompileMode, MoEConfig
+from model.gpt import GPT
+from model.moe import MoELayer
+from ranks import RankPool, train_on_this_rank
+
+TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
+
+# moe_tiny has two kinds of block, without and with a value embedding. A forward graph is made when a block first runs,
+# its backward graph when it first runs backwards, so the last block's comes first.
+TRAINING = ["forward 0/0", "forward 0/1", "backward 0/1", "backward 0/0"]
+VALIDATION = ["forward 0/2", "forward 0/3"]  # without gradients
+
+
+def build(mode: CompileMode, how: ActivationCheckpointing = "none", *settings: str) -> GPT:
+    model = GPT(load_run(TINY, list(settings)).model, seed=3, activation_checkpointing=how)
+    wake_up(model, 0, 4)
+    compile_blocks(model.blocks, mode)
+    return model
+
+
+def one_pass(model: GPT, tokens: torch.Tensor) -> float:
+    """Loss of a training pass, or with a model in evaluation mode of a validation pass."""
+    with torch.set_grad_enabled(model.training):
+        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+    if model.training:
+        loss.backward()
+    return loss.item()
+
+
+@pytest.fixture
+def watch() -> Any:
+    torch._dynamo.reset()
+    watch = CompileWatch()
+    yield watch
+    watch.close()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", [[], ["run.model.moe.capacity_factor=0.0"]], ids=["capacity", "dropless"])
+def test_static_blocks_make_one_graph_of_a_kind_and_are_never_compiled_again(
+    watch: CompileWatch, settings: list[str]
+) -> None:
+    torch._dynamo.utils.counters.clear()
+    model, plain = build("static", "none", *settings), build("none", "none", *settings)
+    for step in range(3):
+        assert one_pass(model, batch(step)) == pytest.approx(one_pass(plain, batch(step)), rel=1e-6)
+        assert watch.look("training step") == []
+    assert watch.graphs == TRAINING
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, dict(plain.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
+    for step in range(2):
+        assert one_pass(model.eval(), batch(step)) == pytest.approx(one_pass(plain.eval(), batch(step)), rel=1e-6)
+        assert watch.look("validation") == []
+    assert watch.graphs == TRAINING + VALIDATION
+    one_pass(model.train(), batch(3))
+    assert watch.look("training step") == []
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert watch.seconds > 0
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(("mode", "again"), [("static", 4), ("dynamic", 0)])
+def test_a_shape_that_changes_is_compiled_again_when_static_and_not_when_dynamic(
+    watch: CompileWatch, mode: CompileMode, again: int
+) -> None:
+    sizes = [(7, 24), (6, 20), (5, 17), (3, 28)]  # not 8: torch takes a size that equals another for a constant
+    model, plain = build(mode), build("none")
+    for rows, length in sizes:
+        tokens = batch(0)[:rows, :length]
+        assert one_pass(model, tokens) == pytest.approx(one_pass(plain, tokens), rel=1e-6)
+        assert len(watch.look("training step")) == (0 if (rows, length) == sizes[0] else again)
+    assert watch.recompiles == again * 3
+
+
+@pytest.mark.parametrize("how", ["selective", "block"])
+def test_what_is_recomputed_is_not_kept_when_compiled_either(watch: CompileWatch, how: ActivationCheckpointing) -> None:
+    def bytes_kept(model: GPT) -> tuple[int, list[torch.Tensor]]:
+        kept: dict[int, int] = {}
+
+        def see(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            loss, _ = model(batch(0)[:, :-1], batch(0)[:, 1:])
+        loss.backward()
+        return sum(kept.values()), [parameter.grad for parameter in model.parameters()]
+
+    everything, expected = bytes_kept(build("static"))
+    ours, gradients = bytes_kept(build("static", how))
+    assert ours < 0.9 * everything
+    assert watch.graphs[:4] == TRAINING
+    assert len(watch.graphs) == 8, "one graph forwards and one backwards for each kind of block"
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+def train_run(run_dir: Path, assignments: list[str]) -> int:
+    torch._dynamo.reset()
+    return train_on_this_rank(TINY, run_dir, assignments)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_a_run_of_two_ranks_compiles_once_and_says_how_long(two_ranks: RankPool, tmp_path: Path, ep_size: int) -> None:
+    """Three validations, two of them between steps, and a sample; dropless validation at ep_size 2 exchanges counts."""
+    settings = [f"run.launch.ep_size={ep_size}", "run.train.num_steps=4", "run.train.eval_every=2"]
+    assert two_ranks.run(train_run, tmp_path / "static", [*settings, 'run.compile.mode="static"']) == [0, 0]
+    assert two_ranks.run(train_run, tmp_path / "none", settings) == [0, 0]
+    static, none = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("static", "none"))
+    assert static["recompiles"] == 0
+    # At ep_size 2 a block's validation is cut where its ranks exchange counts, in each function on the way there.
+    assert static["compiled_graphs"] == {1: len(TRAINING + VALIDATION), 2: len(TRAINING) + 7}[ep_size]
+    assert static["time/compile_s"] > 0
+    assert "time/compile_s" not in none
+    assert (none["compiled_graphs"], none["recompiles"]) == (0, 0)
+    assert static["val/loss"] == pytest.approx(none["val/loss"], rel=1e-5)
+
+
+def losses_and_gradients(moe: dict[str, Any], ep_size: int, mode: CompileMode) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    torch._dynamo.reset()
+    rank = dist.get_rank()
+    model = GPT(tiny_model(**moe), ep_size, rank % ep_size, seed=3)
+    wake_up(model, rank % ep_size, 4 // ep_size)
+    compile_blocks(model.blocks, mode)
+    losses = [one_pass(model, batch(step)[4 * rank : 4 * rank + 4]) for step in range(3)]
+    return {"losses": losses, "gradients": {name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "capacity_factor", "mode"), [(1, 0.0, "static"), (2, 1.0, "static"), (2, 0.0, "dynamic")]
+)
+def test_expert_parallel_ranks_compute_compiled_what_they_compute_eagerly(
+    two_ranks: RankPool, ep_size: int, capacity_factor: float, mode: CompileMode
+) -> None:
+    moe = {"capacity_factor": capacity_factor}
+    eager = two_ranks.run(losses_and_gradients, moe, ep_size, "none")
+    compiled = two_ranks.run(losses_and_gradients, moe, ep_size, mode)
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(ours["gradients"][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def set_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+# --- the host ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+def test_one_rank_never_waits_for_a_number_that_was_computed(capacity_factor: float, training: bool) -> None:
+    """Fake tensors have shapes and no numbers: whoever asks for one, as .item() and nonzero() do, raises."""
+    config = MoEConfig(num_experts=4, ffn_hidden_size=16, capacity_factor=capacity_factor)
+    with FakeTensorMode(), set_default_dtype(torch.bfloat16):
+        layer = MoELayer(8, config, "swiglu").train(training)
+        x = torch.empty(2, 32, 8, dtype=torch.bfloat16, requires_grad=True)
+        y, stats = layer(x)
+        (y.sum() + stats.aux_loss).backward()
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+            stats.dropped.item()
+    assert x.grad is not None
+
+
+def count_questions_of_the_host(capacity_factor: float, ep_size: int) -> int:
+    """How often a forward and backward pass of one layer asks a tensor for its numbers."""
+    import torch.distributed as dist
+
+    config = MoEConfig(num_experts=4, ffn_hidden_size=16, capacity_factor=capacity_factor)
+    layer = MoELayer(8, config, "relu2", ep_size)
+    torch.nn.init.normal_(layer.deepspeed_moe.gate.wg.weight)
+    for parameter in layer.deepspeed_moe.experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    asked: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu"):
+            method = getattr(torch.Tensor, name)
+
+            def counted(self: torch.Tensor, *args: Any, name: str = name, method: Any = method, **kwargs: Any) -> Any:
+                asked[name] += 1
+                return method(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        y, stats = layer(x)
+        (y.sum() + stats.aux_loss).backward()
+    return asked.total()
+
+
+@pytest.mark.parametrize(("capacity_factor", "ep_size", "times"), [(1.0, 1, 0), (0.0, 1, 0), (1.0, 2, 0), (0.0, 2, 1)])
+def test_ranks_wait_for_the_host_once_a_layer_when_dropless_and_never_otherwise(
+    two_ranks: RankPool, capacity_factor: float, ep_size: int, times: int
+) -> None:
+    assert two_ranks.run(count_questions_of_the_host, capacity_factor, ep_size) == [times, times]
