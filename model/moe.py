@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model.config import MoEConfig
+from model.profile import part
 from model.router import Router, Routing, RoutingStats
 
 
@@ -106,16 +107,19 @@ class MoELayer(MoE):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:  # type: ignore[override]
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing: Routing = self.deepspeed_moe.gate(x_TD)
-        K = routing.slot_TK.shape[1]
-        route_of_slot = route_in_slot(routing, self.num_experts * routing.capacity)
-        token_of_slot = route_of_slot // K  # an empty slot's T*K becomes T, the row of zeros
-
-        tokens = GatherRows.apply(x_TD, token_of_slot, routing.slot_TK)
-        outputs = self._through_experts(tokens, routing.capacity)
-        routes_TKD = GatherRows.apply(outputs, routing.slot_TK, route_of_slot.unsqueeze(1))
-        y_TD = (routing.gates_TK.unsqueeze(-1) * routes_TKD).sum(1).to(x_BSD.dtype)
-        return y_TD.view_as(x_BSD), routing.stats
+        with part("router"):
+            routing: Routing = self.deepspeed_moe.gate(x_TD)
+        with part("dispatch"):
+            K = routing.slot_TK.shape[1]
+            route_of_slot = route_in_slot(routing, self.num_experts * routing.capacity)
+            token_of_slot = route_of_slot // K  # an empty slot's T*K becomes T, the row of zeros
+            tokens = GatherRows.apply(x_TD, token_of_slot, routing.slot_TK)
+        with part("experts"):  # all-to-all is told apart by its name
+            outputs = self._through_experts(tokens, routing.capacity)
+        with part("combine"):
+            routes_TKD = GatherRows.apply(outputs, routing.slot_TK, route_of_slot.unsqueeze(1))
+            y_TD = (routing.gates_TK.unsqueeze(-1) * routes_TKD).sum(1).to(x_BSD.dtype)
+            return y_TD.view_as(x_BSD), routing.stats
 
     def _through_experts(self, tokens: Tensor, capacity: int) -> Tensor:
         """Rows [E*C, D] in expert order -> the experts' outputs in the same order, across the expert-parallel ranks."""
