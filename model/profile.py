@@ -259,8 +259,8 @@ class Report(NamedTuple):
         if self.uncompiled is not None:
             lines += [
                 "",
-                "Compiled blocks cannot be divided. The same blocks UNCOMPILED, a micro-batch forward and backward, "
-                "without an update; this is no part of the step above:",
+                "Compiled blocks cannot be divided: of their parts the table above knows what runs outside of their "
+                "graphs. The same blocks UNCOMPILED, a micro-batch forward and backward, without an update:",
                 "",
                 *table("ms per micro-step", found["uncompiled_parts_ms"], found["uncompiled_micro_step_ms"]),
             ]
