@@ -232,7 +232,6 @@ ONLY_IN = {
     "aten::_log_softmax": {"head and loss"},
     "aten::_log_softmax_backward_data": {"head and loss"},
     "GatherRowsBackward": {"dispatch", "combine"},
-    "aten::index": {"dispatch", "combine"},
     "aten::rms_norm": {"attention", "other"},
     "aten::relu": {"experts"},
     "aten::threshold_backward": {"experts"},
