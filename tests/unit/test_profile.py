@@ -236,7 +236,8 @@ ONLY_IN = {
     "aten::rms_norm": {"attention", "other"},
     "aten::relu": {"experts"},
     "aten::threshold_backward": {"experts"},
-    "aten::mm": {"attention", "router", "experts", "head and loss"},
+    "aten::mm": {"attention", "router", "head and loss"},
+    "aten::bmm": {"experts"},
     "torch::autograd::AccumulateGrad": {"other"},
 }
 
