@@ -31,7 +31,16 @@ from launch.begin import Start
 from launch.environment import describe_environment
 from launch.gpu_monitor import GpuMonitor, describe_gpu, gpus_of_this_machine
 from launch.run_config import REPO_ROOT, Run
-from launch.run_dir import EXIT_CODES, EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, Status, checkpoint_name
+from launch.run_dir import (
+    EXIT_CODES,
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    Status,
+    checkpoint_name,
+    write_json,
+    write_text,
+)
 from launch.run_log import RunLog, tail_figures
 from launch.zero_settings import offloads, zero_stage
 from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
@@ -40,8 +49,9 @@ from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
 from model.gpt import GPT
-from model.loop import StepTimer, StopRequest, max_over_ranks, peak_memory_mib
+from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
 from model.optim import assign, assignment_table, build_optimizer, set_lr
+from model.profile import Report, StepProfile, part
 from model.schedule import lr_factor
 from model.splits import Data, open_data
 from model.stats import StepStats
@@ -257,7 +267,7 @@ class Trainer:
     ) -> None:
         self.run, self.topology, self.log, self.data, self.stop = start.run, start.topology, log, data, stop
         self.gpu_monitor, self.compiles = gpu_monitor, CompileWatch()
-        self.checkpoints = start.args.run_dir / "checkpoints"
+        self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
         self.resume_from = checkpoint_name(state.step) if start.beginning.action == "resume" else None
         self.state, self.step, self.samples = state, state.step, state.samples
         self.saved_step = state.step if start.beginning.action == "resume" else None
@@ -273,14 +283,15 @@ class Trainer:
         run, train = self.run, self.run.train
         self.build_engine()
         self.describe()
-        self.timer = StepTimer(self.engine.device)
+        last = min(run.num_steps, train.stop_at_step or run.num_steps)
+        self.profile = self.plan_profile(last - self.step)
+        self.timer = StepTimer(self.engine.device, self.profile.steps)
         self.gpu_monitor.start()
         if self.step == 0:
             self.record(self.validate())
 
-        last = min(run.num_steps, train.stop_at_step or run.num_steps)
         while self.step < last:
-            stats = self.train_step()
+            stats = self.profiled_step()
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
             metrics = {}
@@ -295,6 +306,8 @@ class Trainer:
                 self.sample()
             if stopping:
                 break
+        if not self.profile.close():
+            self.log.say("no profile: the run stops before its steps are done")
 
         self.save()
         if self.step == run.num_steps:
@@ -334,9 +347,12 @@ class Trainer:
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
-            loss, micro_stats = self.engine(*self.on_device(self.data.train.batches.micro_batch(self.samples)))
+            with part("data"):
+                batch = self.on_device(self.data.train.batches.micro_batch(self.samples))
+            loss, micro_stats = self.engine(*batch)
             self.engine.backward(loss)
-            self.engine.step()
+            with part("optimizer"):
+                self.engine.step()
             stats.add(micro_stats)
             self.samples += self.data.train.batches.samples_per_micro_step
         self.timer.stop()
@@ -352,6 +368,38 @@ class Trainer:
                 f"compiled again in a {phase} after step {self.step}: {', '.join(graphs)} "
                 f"({self.compiles.seconds:.0f} s in all). TORCH_LOGS=recompiles tells why."
             )
+
+    def plan_profile(self, steps_left: int) -> StepProfile:
+        """The profile of this attempt, which may ask for more steps than are left."""
+        asked = self.run.train.profile_steps or 0
+        steps = max(0, min(asked, steps_left - WARM_UP_STEPS))
+        if steps < asked:
+            self.log.say(
+                f"run.train.profile_steps={asked}: {steps_left} steps are left, of which the first {WARM_UP_STEPS} "
+                f"warm up. {steps or 'None'} will be profiled."
+            )
+        rank = dist.get_rank()
+        return StepProfile(steps, self.step + 1, self.engine.module, self.engine.device, rank == 0, self.keep_profile)
+
+    def profiled_step(self) -> StepStats:
+        """An optimizer step, and what is measured around it if it is to be profiled."""
+        if self.profile.begins and self.profile.compiled:
+            self.engine.train()
+            self.profile.time_uncompiled(self.on_device(self.data.train.batches.micro_batch(self.samples)))
+        with self.profile.step():
+            return self.train_step()
+
+    def keep_profile(self, report: Report, profiler: torch.profiler.profile) -> None:
+        """Trace and table into the run folder, in place of those of an earlier attempt; the table into the log."""
+        folder = self.run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+        write_json(folder / "parts.json", report.figures())
+        write_text(folder / "table.md", report.markdown())
+        self.log.say(
+            f"{report.markdown()}\nThese steps are left out of the figures of speed. ui.perfetto.dev shows "
+            f"{folder / 'trace.json.gz'}."
+        )
 
     def on_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """A batch on the engine's device; pinned first for a GPU, so that the host need not wait for the copy."""

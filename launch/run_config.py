@@ -57,6 +57,7 @@ class TrainConfig(Section):
     sample_tokens: int = Field(default=48, ge=0)  # in a sample; 0: no samples
     log_every: int = Field(default=10, ge=1)  # steps between lines of metrics, besides the first
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
+    profile_steps: int | None = Field(default=None, ge=1)  # to profile after the warm-up: trace, and time by part
     seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
@@ -243,8 +244,8 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
     return int(tokens // tokens_per_step)
 
 
-# Settings that say where and under whose eyes a run happens, when it pauses, or how it trades time for memory without
-# another result: a run may be continued with others.
+# Settings that say where and under whose eyes a run happens, when it pauses, how it trades time for memory without
+# another result, or what is recorded of it: a run may be continued with others.
 NOT_IN_HASH = (
     ("launch",),
     ("wandb",),
@@ -252,6 +253,7 @@ NOT_IN_HASH = (
     ("train", "save_every"),
     ("train", "keep_last"),
     ("train", "activation_checkpointing"),
+    ("train", "profile_steps"),
 )
 
 

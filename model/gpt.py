@@ -20,6 +20,7 @@ from model.config import ActivationCheckpointing, ModelConfig
 from model.data import IGNORED_TARGET
 from model.experts import MLP, StackedExperts
 from model.moe import MoELayer
+from model.profile import BLOCK, OTHER, part
 from model.recompute import run_keeping
 from model.router import RoutingStats
 
@@ -60,11 +61,16 @@ class Block(nn.Module):
     def _forward(
         self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, RoutingStats | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), tokens_BS, rotary)
-        if isinstance(self.mlp, MoELayer):
-            y_BSD, stats = self.mlp(self.mlp_norm(x_BSD))
+        with part("attention"):
+            x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), tokens_BS, rotary)
+        if not isinstance(self.mlp, MoELayer):
+            with part("mlp"):
+                return x_BSD + self.mlp(self.mlp_norm(x_BSD)), None
+        with part(OTHER):
+            y_BSD = self.mlp_norm(x_BSD)
+        y_BSD, stats = self.mlp(y_BSD)
+        with part(OTHER):
             return x_BSD + y_BSD, stats
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), None
 
 
 class GPT(nn.Module):
@@ -109,7 +115,8 @@ class GPT(nn.Module):
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Stats]:
         """Training loss and statistics of tokens and their next tokens, both int64 [B, S], S <= seq_len."""
         x_BSD, routing = self._hidden(tokens_BS)
-        loss, num_targets = self._cross_entropy(x_BSD, targets_BS)
+        with part("head and loss"):
+            loss, num_targets = self._cross_entropy(x_BSD, targets_BS)
         stats = collect_stats(loss, num_targets, routing)
         moe = self.config.moe
         if moe is not None and moe.balance == "aux_loss":
@@ -128,7 +135,8 @@ class GPT(nn.Module):
         x_BSD = self.embedding_norm(self.token_embedding(tokens_BS))
         routing: list[RoutingStats] = []
         for block in self.blocks:
-            x_BSD, stats = block(x_BSD, tokens_BS, rotary)
+            with part(BLOCK):
+                x_BSD, stats = block(x_BSD, tokens_BS, rotary)
             if stats is not None:
                 routing.append(stats)
         return self.final_norm(x_BSD), routing

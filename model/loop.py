@@ -17,8 +17,9 @@ WARM_UP_STEPS = 3  # first steps of every start: allocator, caches and kernels w
 class StepTimer:
     """Seconds of every step: CUDA events on a GPU, so that nothing waits for the device, the clock elsewhere."""
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, profiled_steps: int = 0) -> None:
         self.cuda = torch.device(device).type == "cuda"
+        self.left_out = WARM_UP_STEPS + profiled_steps  # profiled steps come first after the warm-up, and are slower
         self.marks: list[tuple[Any, Any]] = []
         self.seconds: list[float] = []
         self.read = 0
@@ -37,16 +38,16 @@ class StepTimer:
         self.marks.append((self.begun, self._now()))
 
     def measured(self) -> list[float]:
-        """Seconds of all steps after the warm-up; waits for the device."""
+        """Seconds of all steps after the warm-up and the profile; waits for the device."""
         if self.cuda and self.marks:
             torch.cuda.synchronize()
         for begun, ended in self.marks:
             self.seconds.append(begun.elapsed_time(ended) / 1000 if self.cuda else ended - begun)
         self.marks.clear()
-        return self.seconds[WARM_UP_STEPS:]
+        return self.seconds[self.left_out :]
 
     def since_last_call(self) -> list[float]:
-        """Seconds of the steps since the last call, without the warm-up."""
+        """Seconds of the steps since the last call, without those left out."""
         measured = self.measured()
         new, self.read = measured[self.read :], len(measured)
         return new

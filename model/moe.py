@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.config import MoEConfig
 from model.dispatch import GatherRows, Plan, combine, dispatch
 from model.experts import MLP, LoopedExperts, StackedExperts
+from model.profile import part
 from model.router import Router, Routing, RoutingStats
 
 
@@ -77,17 +78,22 @@ class MoELayer(MoE):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:  # type: ignore[override]
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing: Routing = self.deepspeed_moe.gate(x_TD)
+        with part("router"):
+            routing: Routing = self.deepspeed_moe.gate(x_TD)
         plan = routing.plan
-        rows_ND = dispatch(x_TD, plan)
+        with part("dispatch"):
+            rows_ND = dispatch(x_TD, plan)
         if plan.capacity is not None:
-            outputs_ND = self._equal_shares(rows_ND, plan.capacity)
+            with part("experts"):  # all-to-all is told apart by its name
+                outputs_ND = self._equal_shares(rows_ND, plan.capacity)
         elif self.ep_size == 1:
-            outputs_ND = self.deepspeed_moe.experts(rows_ND, plan.ends_E)
+            with part("experts"):
+                outputs_ND = self.deepspeed_moe.experts(rows_ND, plan.ends_E)
         else:
             outputs_ND = self._unequal_shares(rows_ND, plan)
-        y_TD = combine(outputs_ND, routing.gates_TK, plan)
-        return y_TD.view_as(x_BSD), routing.stats
+        with part("combine"):
+            y_TD = combine(outputs_ND, routing.gates_TK, plan)
+            return y_TD.view_as(x_BSD), routing.stats
 
     def _equal_shares(self, rows_ND: Tensor, capacity: int) -> Tensor:
         """Every rank sends C rows for every expert: all sizes are known, nothing waits for the host."""
@@ -104,19 +110,23 @@ class MoELayer(MoE):
     def _unequal_shares(self, rows_ND: Tensor, plan: Plan) -> Tensor:
         """Dropless: ranks tell each other how many rows they send, and the host waits once, to learn the sizes."""
         ep, L, group = self.ep_size, self.num_local_experts, self.expert_group_name
-        sent_EP_L = plan.tokens_per_expert_E.view(ep, L)
-        received_EP_L = all_to_all(sent_EP_L, group)
-        sent, received = torch.stack([sent_EP_L.sum(1), received_EP_L.sum(1)]).tolist()  # the one wait of the host
+        with part("dispatch"):
+            sent_EP_L = plan.tokens_per_expert_E.view(ep, L)
+            received_EP_L = all_to_all(sent_EP_L, group)
+            sent, received = torch.stack([sent_EP_L.sum(1), received_EP_L.sum(1)]).tolist()  # the one wait of the host
 
-        # Rows arrive ordered by rank, then expert; the experts want them ordered by expert.
-        expert = torch.arange(L, device=rows_ND.device).repeat(ep)
-        expert_N = expert.repeat_interleave(received_EP_L.flatten(), output_size=sum(received))
-        arrived_N = expert_N.sort(stable=True).indices
-        place_N = torch.empty_like(arrived_N).scatter(0, arrived_N, torch.arange(len(arrived_N), device=rows_ND.device))
-        ends_L = received_EP_L.sum(0).cumsum(0).to(torch.int32)
+            # Rows arrive ordered by rank, then expert; the experts want them ordered by expert.
+            expert = torch.arange(L, device=rows_ND.device).repeat(ep)
+            expert_N = expert.repeat_interleave(received_EP_L.flatten(), output_size=sum(received))
+            arrived_N = expert_N.sort(stable=True).indices
+            places_N = torch.arange(len(arrived_N), device=rows_ND.device)
+            place_N = torch.empty_like(arrived_N).scatter(0, arrived_N, places_N)
+            ends_L = received_EP_L.sum(0).cumsum(0).to(torch.int32)
 
-        rows = all_to_all(rows_ND, group, sent, received)
-        rows = GatherRows.apply(rows, arrived_N, place_N.unsqueeze(1))
-        outputs = self.deepspeed_moe.experts(rows, ends_L)
-        outputs = GatherRows.apply(outputs, place_N, arrived_N.unsqueeze(1))
-        return all_to_all(outputs, group, received, sent)
+            rows = all_to_all(rows_ND, group, sent, received)
+            rows = GatherRows.apply(rows, arrived_N, place_N.unsqueeze(1))
+        with part("experts"):
+            outputs = self.deepspeed_moe.experts(rows, ends_L)
+        with part("combine"):
+            outputs = GatherRows.apply(outputs, place_N, arrived_N.unsqueeze(1))
+            return all_to_all(outputs, group, received, sent)
