@@ -29,7 +29,7 @@ from launch.deepspeed_keys import (
 )
 from launch.optimizer_settings import refuse_optimizer
 from launch.zero_settings import refuse_zero_settings
-from model.config import ActivationCheckpointing, ConfigError, ModelConfig, Section
+from model.config import ActivationCheckpointing, ConfigError, CrossEntropy, ModelConfig, Section
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,7 @@ class TrainConfig(Section):
     sample_tokens: int = Field(default=48, ge=0)  # in a sample; 0: no samples
     log_every: int = Field(default=10, ge=1)  # steps between lines of metrics, besides the first
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
+    cross_entropy: CrossEntropy = "chunked"  # logits of all tokens at once, in chunks, or liger-kernel's; model/loss.py
     seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
@@ -235,7 +236,7 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
 
 
 # Settings that say where and under whose eyes a run happens, when it pauses, or how it trades time for memory without
-# another result: a run may be continued with others.
+# another result, but for rounding, which moves with the number of ranks too: a run may be continued with others.
 NOT_IN_HASH = (
     ("launch",),
     ("wandb",),
@@ -243,6 +244,7 @@ NOT_IN_HASH = (
     ("train", "save_every"),
     ("train", "keep_last"),
     ("train", "activation_checkpointing"),
+    ("train", "cross_entropy"),
 )
 
 

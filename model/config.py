@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 ActivationCheckpointing = Literal["none", "block", "selective"]  # what they mean stands in model/recompute.py
+CrossEntropy = Literal["plain", "chunked", "liger"]  # what they mean stands in model/loss.py
+CROSS_ENTROPY_CHUNK = 1024  # tokens whose logits are in memory at a time under "chunked"
 
 
 class ConfigError(ValueError):

@@ -92,6 +92,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         train(activation_checkpointing="full"),
         "run.train.activation_checkpointing=\"full\": should be 'none', 'block' or 'selective'.",
     ),
+    (
+        train(cross_entropy="fused"),
+        "run.train.cross_entropy=\"fused\": should be 'plain', 'chunked' or 'liger'.",
+    ),
     (train(decay_frac=1.5), "run.train.decay_frac=1.5: should be less than or equal to 1."),
     (data(train=""), 'run.data.train="": should be a string that is not empty.'),
     (

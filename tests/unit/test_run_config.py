@@ -302,6 +302,7 @@ def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
         train(save_every=5),
         train(keep_last=7),
         train(activation_checkpointing="selective"),
+        train(cross_entropy="plain"),
     ],
     ids=str,
 )

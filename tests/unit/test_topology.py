@@ -170,14 +170,14 @@ def test_auto_takes_the_smallest_ep_size_whose_estimate_fits(monkeypatch: pytest
 
 def test_auto_says_why_and_from_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_topology(moe_d12(), 1, 8).ep_size_reason == (
-        "auto: the smallest that fits; about 15.1 GiB a rank, and 85% of 80 GiB can be used "
+        "auto: the smallest that fits; about 9.6 GiB a rank, and 85% of 80 GiB can be used "
         "(GPU assumed, none found here)"
     )
     monkeypatch.setattr(launch.topology, "query_gpus", lambda: [80 * GIB, 8 * GIB])
     resolved = resolve_topology(moe_d12(), 1, 8)
     assert resolved.ep_size == 8
     assert resolved.ep_size_reason == (
-        "auto: the largest there is, and it may not fit; about 14.3 GiB a rank, and 85% of 8 GiB can be used (GPU)"
+        "auto: the largest there is, and it may not fit; about 8.9 GiB a rank, and 85% of 8 GiB can be used (GPU)"
     )
 
 
