@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "test": ["megatron-core==0.16.1; python_version < '3.14'", "mypy", "pytest", "pytest-timeout"],
+        "gpu": ["liger-kernel==0.8.5"],  # for run.train.cross_entropy="liger"; a CUDA build of torch has its triton
         "check": ["codespell", "mypy", "pre-commit", "ruff"],
     },
 )

@@ -43,6 +43,7 @@ from launch.run_dir import (
 )
 from launch.run_log import RunLog, tail_figures
 from launch.zero_settings import offloads, zero_stage
+from model.attention import attention_backend
 from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
 from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
@@ -50,6 +51,7 @@ from model.data import builtin_dir
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
 from model.gpt import GPT
 from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
+from model.loss import refuse_cross_entropy
 from model.optim import assign, assignment_table, build_optimizer, set_lr
 from model.profile import Report, StepProfile, part
 from model.schedule import lr_factor
@@ -159,6 +161,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
     facts["checkpoint"] = (start.beginning.action, start.beginning.step)
     try:
         refuse_unshared_folder(start)
+        refuse_cross_entropy(run.train.cross_entropy, on_gpu())
         data = open_data(
             run.data.train,
             run.data.val,
@@ -321,11 +324,16 @@ class Trainer:
     def build_engine(self) -> None:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
         ep_size = self.topology.ep_size
-        seed, checkpointing = self.run.train.seed, self.run.train.activation_checkpointing
-        model = GPT(self.run.model, ep_size, dist.get_rank() % ep_size, seed, checkpointing)
-        compile_blocks(
-            model.blocks, self.run.compile.mode
-        )  # before initialize(): the engine must see the final modules
+        train = self.run.train
+        model = GPT(
+            self.run.model,
+            ep_size,
+            dist.get_rank() % ep_size,
+            train.seed,
+            train.activation_checkpointing,
+            train.cross_entropy,
+        )
+        compile_blocks(model.blocks, self.run.compile.mode)
         # The optimizer comes built, and without its section: given "Muon", deepspeed 0.19.8 would choose the matrices.
         config = {key: value for key, value in self.run.deepspeed.items() if key != "optimizer"}
         section, router_optimizer = self.run.deepspeed["optimizer"], self.run.train.router_optimizer
@@ -537,6 +545,8 @@ class Trainer:
         self.log.say(f"device: {self.device_name}, BF16 peak {peak}")
         if not on_gpu() and self.engine.bfloat16_enabled() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.log.say("this processor has no bf16 instructions: fp32 (--set bf16.enabled=false) is far faster")
+        backend = attention_backend(run.model, self.engine.module.lm_head.weight.dtype, self.engine.device)
+        self.log.say(f"attention: {backend}, as torch chooses; cross-entropy: {run.train.cross_entropy}")
         if self.resume_from is not None:
             self.log.say(f"continued from {self.resume_from}")
 

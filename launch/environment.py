@@ -22,7 +22,7 @@ from launch.run_config import REPO_ROOT, Run
 
 PACKAGES = (
     "torch", "deepspeed", "torchao", "triton", "transformers", "tokenizers", "numpy", "pydantic", "wandb",
-    "nvidia-ml-py",
+    "nvidia-ml-py", "liger-kernel",
 )  # fmt: skip
 VARIABLES = (
     "CUDA_", "CUBLAS_", "CUDNN_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "DS_", "DEEPSPEED_", "OMP_", "GOMP_", "KMP_",

@@ -4,7 +4,8 @@ weights and gradients   2 bytes each in bf16, 4 in fp32; a rank holds its share 
 optimizer               12 bytes per parameter (fp32 master and two moments; too many for Muon, which has one), divided
                         among the ranks that hold a copy; nothing where it is offloaded to the host, whose memory is not
                         counted
-activations             what the backward pass keeps per token and layer, plus the logits in fp32
+activations             what the backward pass keeps per token and layer, plus the logits, and beside them the
+                        gradients that a forward pass in chunks forms early (model/loss.py)
 
 ZeRO-2 divides gradients too, and ZeRO-3 weights; what ZeRO-3 has gathered at a time is counted beside them.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from launch.run_config import Run
 from launch.zero_settings import offloads, zero_stage
-from model.config import ModelConfig
+from model.config import CROSS_ENTROPY_CHUNK, ModelConfig
 from model.flops import count_parameters
 
 GIB = 2**30
@@ -80,8 +81,19 @@ def activation_bytes(run: Run, width: int) -> int:
         per_token = model.num_layers * model.hidden_size + max(in_full)
     else:
         per_token = sum(elements_kept_selectively(model, layer) for layer in layers) + max(in_full)
-    logits = 3 * 4 * model.vocab_size  # logits, their softmax and gradient, in fp32
-    return int(run.micro_batch_size * model.seq_len * (width * per_token + logits))
+    return int(run.micro_batch_size * model.seq_len * width * per_token) + cross_entropy_bytes(run, width)
+
+
+def cross_entropy_bytes(run: Run, width: int) -> int:
+    """The head and the loss of one micro-batch, at the peak."""
+    tokens, V, D = run.micro_batch_size * run.model.seq_len, run.model.vocab_size, run.model.hidden_size
+    logits = 3 * 4 * V  # of one token: logits, their softmax and gradient, in fp32
+    gradients = width * tokens * D + (4 + width) * V * D  # of the head's input and weight; the latter is summed in fp32
+    if run.train.cross_entropy == "plain":
+        return tokens * logits
+    if run.train.cross_entropy == "chunked":
+        return min(tokens, CROSS_ENTROPY_CHUNK) * logits + gradients
+    return 2 * tokens * D * width + gradients  # chunks of at most twice the elements of the head's input
 
 
 def elements_in_full(model: ModelConfig, layer: int) -> float:

@@ -29,7 +29,7 @@ from launch.deepspeed_keys import (
 )
 from launch.optimizer_settings import refuse_optimizer
 from launch.zero_settings import refuse_zero_settings, zero_stage
-from model.config import ActivationCheckpointing, CompileMode, ConfigError, ModelConfig, Section
+from model.config import ActivationCheckpointing, CompileMode, ConfigError, CrossEntropy, ModelConfig, Section
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +58,7 @@ class TrainConfig(Section):
     log_every: int = Field(default=10, ge=1)  # steps between lines of metrics, besides the first
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
     profile_steps: int | None = Field(default=None, ge=1)  # to profile after the warm-up: trace, and time by part
+    cross_entropy: CrossEntropy = "chunked"  # logits of all tokens at once, in chunks, or liger-kernel's; model/loss.py
     seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
@@ -244,8 +245,9 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
     return int(tokens // tokens_per_step)
 
 
-# Settings that say where and under whose eyes a run happens, when it pauses, how it trades time for memory without
-# another result, or what is recorded of it: a run may be continued with others.
+# Settings that say where and under whose eyes a run happens, when it pauses, what is recorded of it, or how it trades
+# time for memory without another result, but for rounding, which moves with the number of ranks too: a run may be
+# continued with others.
 NOT_IN_HASH = (
     ("launch",),
     ("wandb",),
@@ -254,6 +256,7 @@ NOT_IN_HASH = (
     ("train", "keep_last"),
     ("train", "activation_checkpointing"),
     ("train", "profile_steps"),
+    ("train", "cross_entropy"),
 )
 
 

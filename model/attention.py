@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from model.config import ModelConfig
 
@@ -38,6 +39,21 @@ def rotate(x_BSNH: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
     cos, sin = cos_SR[None, :, None, :], sin_SR[None, :, None, :]
     first, second = x_BSNH.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSNH.dtype)
+
+
+def attention_backend(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> str:
+    """Name of the implementation that torch takes for this model's attention in training.
+
+    The order in which it tries them is torch's own: since 2.11 cuDNN first on Hopper and the data-centre Blackwells,
+    elsewhere FlashAttention, then the memory-efficient one, then the formula. Nothing is put before it here, since
+    torch keeps cuDNN back where that is too old to be right (up to 9.15.0; pytorch/pytorch#169849).
+    """
+    B, S, N, M, H = 1, config.seq_len, config.num_attention_heads, config.kv_heads, config.head_dim
+    q_BNSH, k_BMSH = (
+        torch.empty(B, S, heads, H, dtype=dtype, device=device, requires_grad=True).transpose(1, 2) for heads in (N, M)
+    )
+    choice = torch._fused_sdp_choice(q_BNSH, k_BMSH, k_BMSH, is_causal=True, enable_gqa=M != N)
+    return SDPBackend(choice).name
 
 
 class Attention(nn.Module):

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 ActivationCheckpointing = Literal["none", "block", "selective"]  # what they mean stands in model/recompute.py
 CompileMode = Literal["static", "dynamic", "none"]  # what they mean stands in model/compiling.py
+CrossEntropy = Literal["plain", "chunked", "liger"]  # what they mean stands in model/loss.py
+CROSS_ENTROPY_CHUNK = 1024  # tokens whose logits are in memory at a time under "chunked"
 
 
 class ConfigError(ValueError):
@@ -58,9 +60,7 @@ class MoEConfig(Section):
     capacity_factor: float = Field(default=1.0, ge=0)  # slots of an expert over tokens * top_k / experts; 0: dropless
     eval_capacity_factor: float = Field(default=0.0, ge=0)  # 0: val/bpb must not depend on the batch around it
     min_capacity: int = Field(default=4, ge=1)  # slots of an expert at the least
-    expert_backend: Literal["bmm", "grouped", "loop"] = (
-        "bmm"  # default: bmm with a capacity_factor, grouped when dropless
-    )
+    expert_backend: Literal["bmm", "grouped", "loop"] = "bmm"  # how experts compute; default when dropless: grouped
     balance: Literal["aux_loss", "none"] = "aux_loss"  # what keeps the load of the experts even
     aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
 
@@ -57,9 +56,8 @@ class StackedExperts(nn.Module):
         rows = (2 if activation == "swiglu" else 1) * ffn_hidden_size
         self.w1 = nn.Parameter(torch.empty(num_local_experts, rows, hidden_size))
         self.w2 = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn_hidden_size))
-        marks = {"allreduce": False, "group_name": group_name, "is_expert_group": True}
-        vars(self.w1).update(marks)
-        vars(self.w2).update(marks)
+        for parameter in (self.w1, self.w2):
+            vars(parameter).update(allreduce=False, group_name=group_name, is_expert_group=True)
         self.register_state_dict_post_hook(split_experts)
         self.register_load_state_dict_pre_hook(stack_experts)
 
@@ -146,8 +144,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 grouped_linear.register_autograd(_backward, setup_context=_save_operands)
 
 
-class LoopedExperts(Experts):
-    """DeepSpeed's list of experts, also for rows without a common number per expert (one host sync: their counts)."""
+class LoopedExperts(nn.Module):
+    """The same experts as a list of modules. Rows without a common number per expert cost a host sync: their counts."""
+
+    def __init__(
+        self, num_local_experts: int, hidden_size: int, ffn_hidden_size: int, activation: str, group_name: str
+    ) -> None:
+        super().__init__()
+        self.deepspeed_experts = nn.ModuleList(
+            MLP(hidden_size, ffn_hidden_size, activation) for _ in range(num_local_experts)
+        )
+        for parameter in self.parameters():
+            vars(parameter).update(allreduce=False, group_name=group_name)
 
     def forward(self, rows: Tensor, ends_L: Tensor | None = None) -> Tensor:
         """As StackedExperts.forward."""

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention, RMSNorm, rotary_tables
-from model.config import ActivationCheckpointing, ModelConfig
+from model.config import ActivationCheckpointing, CrossEntropy, ModelConfig
 from model.data import IGNORED_TARGET
 from model.experts import MLP, StackedExperts
+from model.loss import Head
 from model.moe import MoELayer
 from model.profile import BLOCK, OTHER, part
 from model.recompute import run_keeping
@@ -81,6 +81,7 @@ class GPT(nn.Module):
         ep_rank: this rank's place among them, `rank % ep_size` as DeepSpeed groups ranks.
         seed: of the weights.
         activation_checkpointing: what blocks keep for the backward pass (model/recompute.py); the results are equal.
+        cross_entropy: how the loss is computed (model/loss.py); the results are equal to rounding.
     """
 
     rotary_cos: Tensor
@@ -93,6 +94,7 @@ class GPT(nn.Module):
         ep_rank: int = 0,
         seed: int = 0,
         activation_checkpointing: ActivationCheckpointing = "none",
+        cross_entropy: CrossEntropy = "chunked",
     ) -> None:
         super().__init__()
         self.config = config
@@ -104,7 +106,7 @@ class GPT(nn.Module):
             Block(config, layer, ep_size, activation_checkpointing) for layer in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.hidden_size, config.norm_affine)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, config.logit_softcap, cross_entropy)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
         cos_SR, sin_SR = rotary_tables(config.seq_len, config.head_dim, config.rope_theta)
@@ -116,16 +118,16 @@ class GPT(nn.Module):
         """Training loss and statistics of tokens and their next tokens, both int64 [B, S], S <= seq_len."""
         x_BSD, routing = self._hidden(tokens_BS)
         with part("head and loss"):
-            loss, num_targets = self._cross_entropy(x_BSD, targets_BS)
-        stats = collect_stats(loss, num_targets, routing)
+            loss = self.lm_head(x_BSD, targets_BS)
+        stats = collect_stats(loss, (targets_BS != IGNORED_TARGET).sum(), routing)
         moe = self.config.moe
         if moe is not None and moe.balance == "aux_loss":
             loss = loss + moe.aux_loss_coeff * torch.stack([layer.aux_loss for layer in routing]).sum()
         return loss, stats
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """fp32 logits [B, S, V] of every next token."""
-        return self._logits(self._hidden(tokens_BS)[0])
+        """Logits [B, S, V] of every next token, fp32."""
+        return self.lm_head(self._hidden(tokens_BS)[0])
 
     def _hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
         S = tokens_BS.shape[1]
@@ -140,17 +142,6 @@ class GPT(nn.Module):
             if stats is not None:
                 routing.append(stats)
         return self.final_norm(x_BSD), routing
-
-    def _logits(self, x_BSD: Tensor) -> Tensor:
-        logits_BSV = self.lm_head(x_BSD).float()
-        cap = self.config.logit_softcap
-        return logits_BSV if cap is None else cap * torch.tanh(logits_BSV / cap)
-
-    def _cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TV, targets_T = self._logits(x_BSD).flatten(0, 1), targets_BS.flatten()
-        total = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
-        num_targets = (targets_T != IGNORED_TARGET).sum()
-        return total / num_targets.clamp(min=1), num_targets
 
     @torch.no_grad()
     def generate(

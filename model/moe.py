@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model.config import MoEConfig
 from model.dispatch import GatherRows, Plan, combine, dispatch
-from model.experts import MLP, LoopedExperts, StackedExperts
+from model.experts import LoopedExperts, StackedExperts
 from model.profile import part
 from model.router import Router, Routing, RoutingStats
 
@@ -70,11 +70,8 @@ class MoELayer(MoE):
         super().__init__(hidden_size, nn.Identity(), num_experts=config.num_experts, ep_size=ep_size, k=config.top_k)
         L, F = self.num_local_experts, config.ffn_hidden_size
         self.deepspeed_moe.gate = Router(hidden_size, config)
-        self.deepspeed_moe.experts = (
-            LoopedExperts(MLP(hidden_size, F, activation), L, self.expert_group_name)
-            if config.expert_backend == "loop"
-            else StackedExperts(L, hidden_size, F, activation, self.expert_group_name)
-        )
+        Experts = LoopedExperts if config.expert_backend == "loop" else StackedExperts
+        self.deepspeed_moe.experts = Experts(L, hidden_size, F, activation, self.expert_group_name)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:  # type: ignore[override]
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])

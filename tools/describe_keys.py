@@ -80,6 +80,7 @@ def annotations_and_comments(section: type[Section]) -> tuple[dict[str, str], di
 
 NAMED_TYPES = {
     "ActivationCheckpointing": "'none' | 'block' | 'selective'",
+    "CrossEntropy": "'plain' | 'chunked' | 'liger'",
     "TrainNames": "str | list",
     "ValNames": "str | object | list | None",
     "MoEConfig": "object",

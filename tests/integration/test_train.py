@@ -162,6 +162,7 @@ def test_a_checkpoint_of_another_topology_is_refused_and_nothing_is_lost(tmp_pat
             "ConfigError: gradient_cliping is not a known key. Did you mean gradient_clipping?",
         ),
         (("run.data.train=nowhere/train",), "DataError: nowhere/train"),
+        (("run.train.cross_entropy=liger",), "ConfigError: run.train.cross_entropy='liger' has kernels for GPUs only"),
         (
             ("run.launch.ep_size=2",),
             "ConfigError: run.launch.ep_size=2 does not divide the 1 rank (1 node x 1 GPU). Use 1.",
@@ -219,7 +220,9 @@ def test_the_run_folder_says_what_ran(tmp_path: Path) -> None:
     assert done["tail_steps"] == 5, "the first three steps are warm-up and stay out of throughput"
     assert done["tail50_tok_per_sec"] > 0
     assert "tail50_mfu" not in done, "an unknown device has no peak, so no MFU"
-    assert "completed" in (run_dir / "log.txt").read_text()
+    log = (run_dir / "log.txt").read_text()
+    assert "attention: FLASH_ATTENTION, as torch chooses; cross-entropy: chunked" in log
+    assert "completed" in log
 
 
 def test_validation_is_the_loss_of_the_whole_split_whatever_the_number_of_ranks(tmp_path: Path) -> None:

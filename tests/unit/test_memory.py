@@ -96,9 +96,27 @@ def test_activation_checkpointing_keeps_less_and_one_block_in_full() -> None:
 
 
 def test_activations_grow_with_the_micro_batch_and_not_with_the_ranks() -> None:
-    one = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=1"), 1, 1).activations
-    two = estimate_memory(moe_tiny("train_micro_batch_size_per_gpu=2"), 4, 4).activations
-    assert two == 2 * one
+    def activations(micro_batch: int, ranks: int) -> int:
+        changes = (f"train_micro_batch_size_per_gpu={micro_batch}", "run.train.cross_entropy=plain")
+        return estimate_memory(moe_tiny(*changes), ranks, ranks).activations
+
+    assert activations(2, ranks=4) == 2 * activations(1, ranks=1)
+
+
+def test_only_plain_cross_entropy_needs_logits_for_every_token() -> None:
+    def growth(cross_entropy: str) -> int:
+        """Bytes for one more sequence, where there is more than one chunk already."""
+        settings = ("run.model.vocab_size=8192", f"run.train.cross_entropy={cross_entropy}", "train_batch_size=1056")
+        few, many = (
+            estimate_memory(moe_tiny(*settings, f"train_micro_batch_size_per_gpu={sequences}"), 1, 1).activations
+            for sequences in (33, 66)
+        )
+        return (many - few) // 33
+
+    logits = moe_tiny().model.seq_len * 8192 * 4
+    assert growth("plain") > 3 * logits
+    assert growth("chunked") < logits
+    assert growth("liger") < logits
 
 
 def test_capacity_above_1_keeps_more_activations_than_dropless() -> None:

@@ -230,7 +230,7 @@ ONLY_IN = {
     "aten::_softmax": {"router"},
     "aten::_softmax_backward_data": {"router"},
     "aten::_log_softmax": {"head and loss"},
-    "aten::_log_softmax_backward_data": {"head and loss"},
+    "ChunkedCrossEntropyBackward": {"head and loss"},
     "GatherRowsBackward": {"dispatch"},
     "WeightedSumBackward": {"combine"},
     "aten::rms_norm": {"attention", "other"},

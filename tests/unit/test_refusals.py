@@ -38,7 +38,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         moe(num_experts=None, num_expert=4),
         "run.model.moe.num_expert is not a known key. Did you mean run.model.moe.num_experts?",
     ),
-    ({"run": {"zzz": {}}}, "run.zzz is not a known key. Known here: data, launch, model, train, wandb."),
+    (
+        moe(expert_backend="grouped"),
+        "run.model.moe.expert_backend='grouped' needs dropless routing, and capacity_factor=1.0. Use 'bmm' or 'loop', "
+        "or another capacity_factor.",
+    ),
+    (
+        moe(expert_backend="bmm", capacity_factor=0.0),
+        "run.model.moe.expert_backend='bmm' needs a capacity, and capacity_factor=0.0. Use 'grouped' or 'loop', or "
+        "another capacity_factor.",
+    ),
+    (
+        {"run": {"compile": {"mode": "fast"}}},
+        "run.compile.mode=\"fast\": should be 'static', 'dynamic' or 'none'.",
+    ),
+    ({"run": {"zzz": {}}}, "run.zzz is not a known key. Known here: compile, data, launch, model, train, wandb."),
     # missing
     (
         {"run": None},
@@ -93,6 +107,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         train(activation_checkpointing="full"),
         "run.train.activation_checkpointing=\"full\": should be 'none', 'block' or 'selective'.",
+    ),
+    (
+        train(cross_entropy="fused"),
+        "run.train.cross_entropy=\"fused\": should be 'plain', 'chunked' or 'liger'.",
     ),
     (train(decay_frac=1.5), "run.train.decay_frac=1.5: should be less than or equal to 1."),
     (data(train=""), 'run.data.train="": should be a string that is not empty.'),

@@ -303,6 +303,7 @@ def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
         train(keep_last=7),
         train(activation_checkpointing="selective"),
         train(profile_steps=2),
+        train(cross_entropy="plain"),
     ],
     ids=str,
 )

@@ -139,6 +139,19 @@ def test_an_accumulation_that_agrees_may_be_stated() -> None:
 # --- ep_size ---------------------------------------------------------------------------------------------------------
 
 
+def test_static_shapes_are_refused_where_ranks_receive_another_number_of_rows_in_every_step() -> None:
+    settings = ["run.model.moe.capacity_factor=0", 'run.compile.mode="static"', 'run.launch.ep_size="max"']
+    with pytest.raises(ConfigError) as refusal:
+        resolve_topology(moe_d12(*settings), 1, 8)
+    assert str(refusal.value) == (
+        "run.compile.mode='static' with run.model.moe.capacity_factor=0.0 (dropless) at ep_size=8: the number of rows "
+        "that a rank receives changes in every step. Use 'dynamic' or 'none', ep_size 1, or a capacity_factor."
+    )
+    assert resolve_topology(moe_d12(*settings), 1, 1).ep_size == 1
+    assert resolve_topology(moe_d12(*settings, 'run.compile.mode="dynamic"'), 1, 8).ep_size == 8
+    assert resolve_topology(moe_d12(*settings, "run.model.moe.capacity_factor=1"), 1, 8).ep_size == 8
+
+
 def test_a_stated_ep_size_is_kept() -> None:
     resolved = resolve_topology(moe_d12("run.launch.ep_size=4"), 1, 8)
     assert (resolved.ep_size, resolved.ep_size_reason) == (4, "as the file says")
@@ -170,14 +183,14 @@ def test_auto_takes_the_smallest_ep_size_whose_estimate_fits(monkeypatch: pytest
 
 def test_auto_says_why_and_from_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_topology(moe_d12(), 1, 8).ep_size_reason == (
-        "auto: the smallest that fits; about 15.1 GiB a rank, and 85% of 80 GiB can be used "
+        "auto: the smallest that fits; about 9.6 GiB a rank, and 85% of 80 GiB can be used "
         "(GPU assumed, none found here)"
     )
     monkeypatch.setattr(launch.topology, "query_gpus", lambda: [80 * GIB, 8 * GIB])
     resolved = resolve_topology(moe_d12(), 1, 8)
     assert resolved.ep_size == 8
     assert resolved.ep_size_reason == (
-        "auto: the largest there is, and it may not fit; about 14.3 GiB a rank, and 85% of 8 GiB can be used (GPU)"
+        "auto: the largest there is, and it may not fit; about 8.9 GiB a rank, and 85% of 8 GiB can be used (GPU)"
     )
 
 
