@@ -41,11 +41,12 @@ def make_plan(expert_TK: Tensor, num_experts: int, capacity: int | None) -> Plan
     if capacity is None:
         row_R, route_of_row_N = ascending_R, route_R
     else:
-        position_R = ascending_R - starts_E1[expert_R]
+        position_R = ascending_R - starts_E1.index_select(0, expert_R)
         row_R = torch.where(position_R < capacity, expert_R * capacity + position_R, num_experts * capacity)
         slot_C = torch.arange(capacity, device=expert_TK.device)
-        sorted_EC = (starts_E1[:-1, None] + slot_C).clamp(max=routes - 1)  # an empty slot reads any route, and drops it
-        route_of_row_N = torch.where(slot_C < count_E[:, None], route_R[sorted_EC], routes).flatten()
+        sorted_N = (starts_E1[:-1, None] + slot_C).flatten().clamp(max=routes - 1)  # an empty slot reads any route,
+        there_N = (slot_C < count_E[:, None]).flatten()  # and drops it
+        route_of_row_N = torch.where(there_N, route_R.index_select(0, sorted_N), routes)
     row_of_route_TK = torch.empty_like(row_R).scatter(0, route_R, row_R).view_as(expert_TK)  # inverts a permutation
     return Plan(capacity, row_of_route_TK, route_of_row_N, count_E, starts_E1[1:].to(torch.int32))
 
@@ -96,7 +97,8 @@ class WeightedSum(torch.autograd.Function):
         grad_of_row = grad.index_select(0, token)
         gate_of_row = F.pad(gates.flatten(), (0, 1)).index_select(0, route_of_row).to(rows.dtype)
         dots = F.pad(row_dots(grad_of_row, rows).to(gates.dtype), (0, 1))
-        return grad_of_row * gate_of_row.unsqueeze(1), dots[row_of_route], None, None
+        grad_of_gate = dots.index_select(0, row_of_route.flatten()).view(T, K)
+        return grad_of_row * gate_of_row.unsqueeze(1), grad_of_gate, None, None
 
 
 def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

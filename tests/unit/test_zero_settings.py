@@ -60,6 +60,11 @@ def test_what_works_is_let_through(assignments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("assignments", "error"),
     [
+        (
+            [stage(3), *DENSE, "run.compile.mode=static"],
+            "run.compile.mode='static' is not supported at zero_optimization.stage=3, which gathers weights by hooks "
+            "within a block. Use 'none', or stage 1 or 2.",
+        ),
         ([stage(4)], "zero_optimization.stage=4: should be 0, 1, 2 or 3."),
         ([stage("true")], "zero_optimization.stage=true: should be 0, 1, 2 or 3."),
         ([stage(0)], NOT_0_WITH_MOE),
