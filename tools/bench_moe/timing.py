@@ -97,8 +97,10 @@ def measure(steps: dict[str, Callable[..., None]], inputs: tuple[Tensor, ...], r
     device = inputs[0].device
     ready = {name: partial(step, *inputs) for name, step in steps.items()}
     measured = {name: Series() for name in ready}
-    for name, step in ready.items():
-        attempt(measured[name], partial(warm_up, step, measured[name], device))
+    for prepare in (first_step, warm_up):  # one after the other: the first step of one block may disturb another
+        for name, step in ready.items():
+            if measured[name].error is None:
+                attempt(measured[name], partial(prepare, step, measured[name], device))
     gc.collect()
     gc.freeze()  # no later collection goes through all that was imported and built so far
     names = list(ready)
@@ -122,9 +124,12 @@ def in_one_line(fault: BaseException) -> str:
     return f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
 
 
-def warm_up(step: Step, series: Series, device: torch.device) -> None:
-    """Run the first steps, and decide from their time how many make a sample."""
+def first_step(step: Step, series: Series, device: torch.device) -> None:
     series.first_step_s = ms_per_step(step, 1, device) / 1000
+
+
+def warm_up(step: Step, series: Series, device: torch.device) -> None:
+    """Run some more steps, and decide from their time how many make a sample."""
     if device.type == "cuda":
         ms_per_step(step, CUDA_STEPS - 1, device)
         series.steps_per_sample = CUDA_STEPS
@@ -141,4 +146,5 @@ def sample(step: Step, series: Series, device: torch.device) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     series.ms.append(ms_per_step(step, series.steps_per_sample, device))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    series.minor_faults.append(faults / series.steps_per_sample)
+    if device.type == "cpu":
+        series.minor_faults.append(faults / series.steps_per_sample)
