@@ -11,7 +11,7 @@ setup(
     description="Pretrain and ablate GPT+MoE language models on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["launch", "model", "tools"],
+    packages=["launch", "model", "tools", "tools.bench_moe"],
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",
@@ -27,7 +27,8 @@ setup(
         "wandb",
     ],
     extras_require={
-        "test": ["megatron-core==0.16.1; python_version < '3.14'", "mypy", "pytest", "pytest-timeout"],
+        "bench": ["transformers"],
+        "test": ["megatron-core==0.16.1; python_version < '3.14'", "mypy", "pytest", "pytest-timeout", "transformers"],
         "gpu": ["liger-kernel==0.8.5"],  # for run.train.cross_entropy="liger"; a CUDA build of torch has its triton
         "check": ["codespell", "mypy", "pre-commit", "ruff"],
     },

@@ -24,7 +24,7 @@ from mypy.types import Type
 from launch.run_config import REPO_ROOT, RunSection
 from model.config import Section
 
-PRODUCT = ("train.py", "launch/*.py", "model/*.py", "tools/*.py")
+PRODUCT = ("train.py", "launch/*.py", "model/*.py", "tools/*.py", "tools/*/*.py")
 
 
 def keys_of(annotation: typing.Any) -> Iterator[str]:
