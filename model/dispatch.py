@@ -73,7 +73,7 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, index)
+        return sum_of_rows(rows, index.unsqueeze(1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -92,13 +92,18 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         rows, gates, row_of_route, route_of_row = ctx.saved_tensors
-        T, K = gates.shape
-        token = (route_of_row // K).clamp(max=T - 1)  # an empty row takes any token's gradient, times a gate of 0
-        grad_of_row = grad.index_select(0, token)
-        gate_of_row = F.pad(gates.flatten(), (0, 1)).index_select(0, route_of_row).to(rows.dtype)
-        dots = F.pad(row_dots(grad_of_row, rows).to(gates.dtype), (0, 1))
-        grad_of_gate = dots.index_select(0, row_of_route.flatten()).view(T, K)
-        return grad_of_row * gate_of_row.unsqueeze(1), grad_of_gate, None, None
+        token_of_row = route_of_row // gates.shape[1]  # T for an empty row
+        gate_of_row = F.pad(gates.flatten(), (0, 1)).index_select(0, route_of_row)
+        grad_of_rows = sum_of_rows(grad, token_of_row.unsqueeze(1), gate_of_row.unsqueeze(1))
+        return grad_of_rows, dots_with_rows(grad, rows, row_of_route).to(gates.dtype), None, None
+
+
+# On the CPU torch has a kernel for each of the two that follow, under another name; the formulas, of which inductor and
+# a GPU make one kernel too, take ten times as long there.
+
+
+def by_formula(tensor: Tensor) -> bool:
+    return tensor.is_cuda or torch.compiler.is_compiling()
 
 
 def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
@@ -107,15 +112,21 @@ def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = N
     there_TK = index_TK < N
     weights_TK = there_TK if weights_TK is None else torch.where(there_TK, weights_TK, 0)
     weights_TK, index_TK = weights_TK.to(rows_ND.dtype), index_TK.clamp(max=N - 1)
-    if rows_ND.is_cuda or torch.compiler.is_compiling():  # inductor makes one kernel of this
+    if by_formula(rows_ND):
         return (rows_ND[index_TK] * weights_TK.unsqueeze(-1)).sum(1)
-    # On the CPU torch has that kernel, under another name; the formula above takes ten times as long.
     return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
 
 
-def row_dots(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """Dot products of equal rows, [N]; in fp32 where a compiler keeps the wider copies out of memory."""
-    if a_ND.is_cuda or torch.compiler.is_compiling():
-        precise = torch.promote_types(a_ND.dtype, torch.float32)
-        return (a_ND.to(precise) * b_ND.to(precise)).sum(1)
-    return torch.linalg.vecdot(a_ND, b_ND)
+def dots_with_rows(x_TD: Tensor, rows_ND: Tensor, index_TK: Tensor) -> Tensor:
+    """x[t] . rows[index[t, k]] as [T, K], 0 for index N."""
+    N, (T, K) = rows_ND.shape[0], index_TK.shape
+    there_TK, index_TK = index_TK < N, index_TK.clamp(max=N - 1)
+    if by_formula(rows_ND):
+        precise = torch.promote_types(rows_ND.dtype, torch.float32)
+        dots_TK = (rows_ND[index_TK].to(precise) * x_TD.unsqueeze(1).to(precise)).sum(-1)
+    else:
+        ascending = torch.arange(T * K)
+        dots_TK = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_TD, rows_ND, index_TK.flatten(), ascending[::K].contiguous(), ascending // K, 0
+        ).view(T, K)
+    return torch.where(there_TK, dots_TK, 0)

@@ -22,7 +22,7 @@ from tools.bench_moe import blocks, results, timing, training_steps
 from tools.bench_moe.__main__ import main
 from tools.bench_moe.blocks import Block, Case
 from tools.bench_moe.rounds import interquartile_range, median_ratio, order_of_round
-from tools.bench_moe.shapes import BLOCKS, SETS, Shape, parse_blocks, parse_shapes
+from tools.bench_moe.shapes import ALSO_COMPILED, BLOCKS, SETS, Shape, parse_blocks, parse_shapes
 
 T, D, F, E = 40, 16, 24, 4
 TINY = f"T{T},D{D},F{F},E{E},k2"
@@ -263,7 +263,7 @@ def test_steps_are_asked_for_in_numbers_that_a_run_can_time() -> None:
 
 
 def test_all_blocks_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    code, written = bench(tmp_path, monkeypatch)
+    code, written = bench(tmp_path, monkeypatch, "--blocks", *BLOCKS)
     assert code == 0
     rows = written["rows"]
     assert [(row["dtype"], row["block"]) for row in rows] == [(t, name) for t in ("fp32", "bf16") for name in BLOCKS]
@@ -280,8 +280,26 @@ def test_all_blocks_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert key in env, key
     assert {"torch", "deepspeed", "transformers"} <= set(env["packages"])
     assert env["malloc"] == "as the system has it"
+    assert not any("time_over_dense_static" in row for row in rows)
     printed = capsys.readouterr().out
     assert all(f"| `{name}`" in printed for name in BLOCKS)
+
+
+def test_what_is_compiled_is_compared_with_the_floor_compiled_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["ours/bmm", "ours/bmm+static", "dense/iso_flop", "dense/iso_flop+static"]
+    code, written = bench(tmp_path, monkeypatch, "--dtypes", "fp32", "--blocks", *names)
+    assert code == 0
+    rows = {row["block"]: row for row in written["rows"]}
+    assert [name for name in names if "time_over_dense_static" in rows[name]] == [names[1], names[3]]
+    assert rows["dense/iso_flop+static"]["time_over_dense_static"] == rows["dense/iso_flop"]["time_over_dense"] == 1.0
+    assert rows["ours/bmm+static"]["compile_s"] > 0
+
+
+def test_the_compiled_form_of_ours_and_of_the_floor_is_measured_by_default() -> None:
+    assert {"ours/bmm+static", "dense/iso_flop+static"} <= set(ALSO_COMPILED)
+    assert parse_blocks(list(ALSO_COMPILED), compiled=True) == ALSO_COMPILED
 
 
 def test_a_block_that_fails_does_not_lose_the_others(

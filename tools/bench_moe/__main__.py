@@ -25,7 +25,17 @@ from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED, write_text
 from model.config import ConfigError
 from tools.bench_moe.results import README, Row, describe_machine, tables, with_results, write_results
 from tools.bench_moe.rounds import interquartile_range, median_ratio
-from tools.bench_moe.shapes import BLOCKS, DTYPES, FLOOR, SETS, STOCK, Shape, parse_blocks, parse_shapes
+from tools.bench_moe.shapes import (
+    ALSO_COMPILED,
+    BLOCKS,
+    DTYPES,
+    FLOOR,
+    SETS,
+    STOCK,
+    Shape,
+    parse_blocks,
+    parse_shapes,
+)
 from tools.bench_moe.training_steps import FEWEST_STEPS, measure_trials, parse_trial
 
 if TYPE_CHECKING:
@@ -66,7 +76,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="what the blocks compute on (default: cpu)")
     add("--shapes", nargs="+", metavar="SHAPE", help=f"such as {SETS['cpu'][0]}, or a set: cpu, gpu (default)")
     add("--dtypes", nargs="+", choices=DTYPES["cpu"], help="default: fp32 and bf16 on a CPU, bf16 on a GPU")
-    add("--blocks", nargs="+", metavar="NAME", help=f"of {', '.join(BLOCKS)} (default: all), also NAME+static ...")
+    also = f"{', '.join(BLOCKS)}; +static: compiled (default: all, and {', '.join(ALSO_COMPILED)})"
+    add("--blocks", nargs="+", metavar="NAME", help=f"of {also}")
     add("--compile", action="store_true", default=None, help="measure every block compiled as well, as NAME+static")
     add("--malloc", choices=("keep", "system"), help="keep freed memory in the process (default), or do as malloc does")
     add("--step", nargs="+", metavar="RUNFILE", help="measure training steps of run files; RUNFILE@CHECKOUT: with the "
@@ -101,7 +112,7 @@ def run_blocks(args: argparse.Namespace, env: dict[str, Any]) -> list[Row]:
     """Measure every block at every shape and precision, print the tables, and add to `env` how it was done."""
     kind = args.device or "cpu"
     shapes = parse_shapes(args.shapes or ["cpu" if kind == "cpu" else "gpu"])
-    names = parse_blocks(args.blocks or list(BLOCKS), bool(args.compile))
+    names = parse_blocks(args.blocks or [*BLOCKS, *ALSO_COMPILED], bool(args.compile))
     rounds = args.rounds or ROUNDS_OF_BLOCKS
     os.environ.setdefault("DS_ACCELERATOR", kind)  # before deepspeed is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -171,6 +182,9 @@ def figures(name: str, flops: int, measured: dict[str, Series]) -> Row:
         row["speed_over_stock"] = median_ratio(stock.ms, series.ms)
     if floor is not None and floor.error is None:
         row["time_over_dense"] = median_ratio(series.ms, floor.ms)
+    compiled_floor = measured.get(f"{FLOOR}+static")
+    if "+static" in name and compiled_floor is not None and compiled_floor.error is None:
+        row["time_over_dense_static"] = median_ratio(series.ms, compiled_floor.ms)
     return row
 
 

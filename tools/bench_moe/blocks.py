@@ -138,7 +138,7 @@ class Case:
             ffn_hidden_size=experts.width,
             capacity_factor=capacity_factor,
             min_capacity=MIN_CAPACITY,
-            expert_backend=backend,
+            expert_backend=backend,  # type: ignore[arg-type]
         )
         layer = MoELayer(self.shape.D, config, experts.activation)
         return self.finish(

@@ -94,6 +94,7 @@ BLOCK_COLUMNS = {
     "IQR": lambda row: number(row, "ms_iqr", 2),
     "speed / stock": lambda row: number(row, "speed_over_stock", 2),
     "time / dense": lambda row: number(row, "time_over_dense", 2),
+    "compiled / dense compiled": lambda row: number(row, "time_over_dense_static", 2),
     "TFLOP/s": lambda row: number(row, "tflops", 2),
     "peak MiB": lambda row: number(row, "peak_mem_mib_median", 0),
     "compile s": lambda row: number(row, "compile_s", 0),
