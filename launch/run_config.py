@@ -455,6 +455,7 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
     bf16 = tree.get("bf16", {}).get("enabled", False)
     if not isinstance(bf16, bool):
         raise ConfigError(f"bf16.enabled={json.dumps(bf16)}: should be true or false.")
+    refuse_widths_of_grouped_experts(run.model, bf16)
     dtype = tree.get("data_types", {}).get("grad_accum_dtype")
     if dtype is not None and not bf16:
         raise ConfigError(
@@ -474,3 +475,19 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
             f"run.compile.mode={run.compile.mode!r} is not supported at zero_optimization.stage=3, which gathers "
             "weights by hooks within a block. Use 'none', or stage 1 or 2."
         )
+
+
+def refuse_widths_of_grouped_experts(model: ModelConfig, bf16: bool) -> None:
+    """Torch's grouped GEMM takes rows of whole 16 bytes. Dropless experts use it, in a dropless validation too."""
+    moe = model.moe
+    if moe is None or moe.expert_backend == "loop" or (moe.capacity_factor and moe.eval_capacity_factor):
+        return
+    unit = 8 if bf16 else 4  # elements in 16 bytes
+    for name, width in (("hidden_size", model.hidden_size), ("moe.ffn_hidden_size", moe.ffn_hidden_size)):
+        if width % unit:
+            dropless = "capacity_factor" if moe.capacity_factor == 0 else "eval_capacity_factor"
+            raise ConfigError(
+                f"run.model.{name}={width} is not a multiple of {unit}, and {dropless}=0.0 needs torch's grouped GEMM, "
+                f"which takes rows of whole 16 bytes ({'bf16' if bf16 else 'fp32'}). Use a multiple of {unit}, "
+                "expert_backend='loop', or a capacity."
+            )

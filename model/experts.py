@@ -109,7 +109,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows [N, D], weight [L, F, D], ends int32 [L] with ends[-1] == N -> [N, F]; rows of expert l meet weight[l].
 
     An operator of ours around torch's, whose shape rule refuses fp32 when it is traced (torch 2.13), though it computes
-    fp32. Rows past the last end would stay uninitialised: there are none.
+    fp32. Rows past the last end would stay uninitialised: there are none. One kernel for bf16 on Hopper and data-centre
+    Blackwell; elsewhere on a GPU torch loops over the experts, and the host waits for `ends`.
     """
     if rows.shape[0] == 0:  # a rank whose experts nobody chose
         return rows.new_empty(0, weight.shape[1])

@@ -98,6 +98,15 @@ def backward_counts(settings: list[str], how: ActivationCheckpointing) -> Counte
     return watch.counts
 
 
+@pytest.mark.parametrize("settings", [MOE, DROPLESS], ids=["capacity", "dropless"])
+def test_selective_neither_routes_nor_computes_experts_again(settings: list[str]) -> None:
+    """Were tokens routed again and one of them elsewhere, the kept results would lie in another order."""
+    counts = {how: backward_counts(settings, how) for how in WAYS}
+    for name in ("aten.topk.default", "moelab.grouped_linear.default", "aten.bmm.default"):
+        assert counts["selective"][name] == counts["none"][name], name
+    assert counts["block"]["aten.topk.default"] == 2, "once in each of two blocks"
+
+
 @pytest.mark.parametrize("settings", [MOE, DENSE], ids=["moe", "dense"])
 def test_selective_repeats_norms_but_no_matrix_product_and_no_attention(settings: list[str]) -> None:
     counts = {how: backward_counts(settings, how) for how in WAYS}

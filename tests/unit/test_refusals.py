@@ -49,6 +49,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "another capacity_factor.",
     ),
     (
+        moe(ffn_hidden_size=42),
+        "run.model.moe.ffn_hidden_size=42 is not a multiple of 4, and eval_capacity_factor=0.0 needs torch's grouped "
+        "GEMM, which takes rows of whole 16 bytes (fp32). Use a multiple of 4, expert_backend='loop', or a capacity.",
+    ),
+    (
+        {**moe(ffn_hidden_size=20, capacity_factor=0.0), "bf16": {"enabled": True}},
+        "run.model.moe.ffn_hidden_size=20 is not a multiple of 8, and capacity_factor=0.0 needs torch's grouped "
+        "GEMM, which takes rows of whole 16 bytes (bf16). Use a multiple of 8, expert_backend='loop', or a capacity.",
+    ),
+    (
         {"run": {"compile": {"mode": "fast"}}},
         "run.compile.mode=\"fast\": should be 'static', 'dynamic' or 'none'.",
     ),
