@@ -48,7 +48,6 @@ from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, s
 from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
-from model.experts import refuse_widths
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
 from model.gpt import GPT
 from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
@@ -163,7 +162,6 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
     try:
         refuse_unshared_folder(start)
         refuse_cross_entropy(run.train.cross_entropy, on_gpu())
-        refuse_widths(run.model, on_gpu())
         data = open_data(
             run.data.train,
             run.data.val,

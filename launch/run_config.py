@@ -249,6 +249,7 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
 # time for memory without another result, but for rounding, which moves with the number of ranks too: a run may be
 # continued with others.
 NOT_IN_HASH = (
+    ("compile",),
     ("launch",),
     ("wandb",),
     ("train", "stop_at_step"),

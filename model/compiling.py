@@ -22,12 +22,13 @@ from model.config import CompileMode
 
 def compile_blocks(blocks: nn.ModuleList, mode: CompileMode) -> None:
     """Let every block compile itself when it first runs, forwards with and without gradients, and backwards."""
-    if mode == "none":
-        return
     # Past its limit (8) dynamo runs code uncompiled without a word, as it did in the experiment that this project
-    # continues. Kinds of blocks times passes are few; if they grow all the same, the run fails and says why.
+    # continues. Kinds of blocks times passes are few, and so are the shapes of matrices that Muon's update, which
+    # DeepSpeed compiles in any mode, is made for; if they grow all the same, the run fails and says why.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if mode == "none":
+        return
     # torch 2.9's analysis of how to tile fused loops fails on some symbolic sizes.
     options = {"triton.coalesce_tiling_analysis": False} if mode == "dynamic" else None
     for block in blocks:

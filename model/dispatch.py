@@ -107,13 +107,17 @@ def by_formula(tensor: Tensor) -> bool:
 
 
 def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """sum_k weights[t, k] * rows[index[t, k]] as [T, D], without weights the plain sum; index N adds nothing."""
+    """sum_k weights[t, k] * rows[index[t, k]] as [T, D], without weights the plain sum; index N adds nothing.
+
+    Weights are rounded to the type of the rows, products and sum are in fp32. Rows must be finite: nothing is 0 * row.
+    """
     N = rows_ND.shape[0]
     there_TK = index_TK < N
     weights_TK = there_TK if weights_TK is None else torch.where(there_TK, weights_TK, 0)
     weights_TK, index_TK = weights_TK.to(rows_ND.dtype), index_TK.clamp(max=N - 1)
     if by_formula(rows_ND):
-        return (rows_ND[index_TK] * weights_TK.unsqueeze(-1)).sum(1)
+        precise = torch.promote_types(rows_ND.dtype, torch.float32)
+        return (rows_ND[index_TK].to(precise) * weights_TK.unsqueeze(-1)).sum(1).to(rows_ND.dtype)
     return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
 
 

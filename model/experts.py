@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ConfigError, ModelConfig
-
 
 def activate(h: Tensor, activation: str) -> Tensor:
     """[..., F] -> [..., F] by relu^2 (arXiv 2109.08668); [..., 2F], gate and up, -> [..., F] by SwiGLU (2002.05202)."""
@@ -145,19 +143,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 grouped_linear.register_autograd(_backward, setup_context=_save_operands)
-
-
-def refuse_widths(config: ModelConfig, on_gpu: bool) -> None:
-    """Raise ConfigError for widths that torch's grouped GEMM does not take on a GPU: it loads 16 bytes at a time."""
-    moe = config.moe
-    if not on_gpu or moe is None or moe.expert_backend == "loop" or (moe.capacity_factor and moe.eval_capacity_factor):
-        return
-    for name, width in (("hidden_size", config.hidden_size), ("moe.ffn_hidden_size", moe.ffn_hidden_size)):
-        if width % 8:
-            raise ConfigError(
-                f"run.model.{name}={width}: dropless experts (capacity_factor or eval_capacity_factor 0) need a "
-                f"multiple of 8 on a GPU. Use {width // 8 * 8 + 8}, or run.model.moe.expert_backend='loop'."
-            )
 
 
 class LoopedExperts(nn.Module):

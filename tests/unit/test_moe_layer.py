@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reference
-from model.config import ConfigError, ModelConfig, MoEConfig
+from model.config import MoEConfig
 from model.dispatch import dispatch, make_plan
-from model.experts import StackedExperts, refuse_widths
+from model.experts import StackedExperts
 from model.moe import MoELayer
 from model.router import choose_top_k
 
@@ -191,24 +191,3 @@ def test_evaluation_uses_its_own_capacity() -> None:
     x = torch.randn(1, T, D)
     assert int(layer(x)[1].dropped) > 0
     assert int(layer.eval()(x)[1].dropped) == 0
-
-
-def test_widths_that_a_gpus_grouped_gemm_does_not_take_are_refused_before_work_starts() -> None:
-    def model(hidden_size: int, ffn_hidden_size: int, **moe: object) -> ModelConfig:
-        experts = MoEConfig(num_experts=E, ffn_hidden_size=ffn_hidden_size, **moe)
-        return ModelConfig(
-            num_layers=1, hidden_size=hidden_size, num_attention_heads=1, seq_len=8, vocab_size=16, moe=experts
-        )
-
-    with pytest.raises(ConfigError) as refusal:
-        refuse_widths(model(16, 20), on_gpu=True)
-    assert str(refusal.value) == (
-        "run.model.moe.ffn_hidden_size=20: dropless experts (capacity_factor or eval_capacity_factor 0) need a "
-        "multiple of 8 on a GPU. Use 24, or run.model.moe.expert_backend='loop'."
-    )
-    with pytest.raises(ConfigError, match=r"run\.model\.hidden_size=12"):
-        refuse_widths(model(12, 16, capacity_factor=0.0), on_gpu=True)
-    refuse_widths(model(16, 20), on_gpu=False)
-    refuse_widths(model(16, 20, eval_capacity_factor=1.0), on_gpu=True)
-    refuse_widths(model(16, 20, expert_backend="loop"), on_gpu=True)
-    refuse_widths(model(16, 24, capacity_factor=0.0), on_gpu=True)
