@@ -19,7 +19,7 @@ from launch.run_config import REPO_ROOT
 from model.config import ConfigError, MoEConfig
 from model.loop import WARM_UP_STEPS
 from tools.bench_moe import blocks, results, timing, training_steps
-from tools.bench_moe.__main__ import main
+from tools.bench_moe.__main__ import figures, main
 from tools.bench_moe.blocks import Block, Case
 from tools.bench_moe.rounds import interquartile_range, median_ratio, order_of_round
 from tools.bench_moe.shapes import ALSO_COMPILED, BLOCKS, SETS, Shape, parse_blocks, parse_shapes
@@ -421,6 +421,24 @@ def test_a_file_of_results_becomes_a_section_with_its_command_commit_machine_and
         "| `a`   | 1,234.50 | 1.00 |",
     ):
         assert part in shown, shown
+
+
+def test_every_figure_of_a_block_has_its_column() -> None:
+    """Of a GPU too: the columns read what `figures` writes."""
+    measured = {
+        name: timing.Series(ms=[2.0, 2.0], peak_memory_mib=1234.0, first_step_s=56.0)
+        for name in ("deepspeed/stock", "dense/iso_flop", "dense/iso_flop+static")
+    }
+    row = figures("dense/iso_flop+static", int(7e12), measured)
+    head = {"shape": {"T": 8, "D": 4, "F": 4, "E": 2, "k": 1}, "dtype": "bf16", "block": "a", "flops": int(7e12)}
+    title, _, cells = results.tables([head | row]).splitlines()[-3:]
+    shown = dict(zip(title.split(" | "), cells.split(" | "), strict=True))
+    found = {name.strip(" |"): text.strip(" |") for name, text in shown.items()}
+    assert found == {
+        "block": "`a`", "GFLOP": "7,000.0", "ms": "2.00", "IQR": "0.00", "speed / stock": "1.00",
+        "time / dense": "1.00", "compiled / dense compiled": "1.00", "TFLOP/s": "3,500.00", "peak MiB": "1,234",
+        "compile s": "56",
+    }  # fmt: skip
 
 
 def test_rows_of_training_steps_are_medians_over_their_rounds() -> None:
