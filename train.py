@@ -564,6 +564,7 @@ class Trainer:
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),
             "peak_mem_mib": self.peak_memory_mib or None,
+            "time/compile_s": self.compiles.seconds if self.compiles.graphs else None,  # the last validation included
             "compiled_graphs": len(self.compiles.graphs),
             "recompiles": self.compiles.recompiles,
             **self.gpu_monitor.figures(),
