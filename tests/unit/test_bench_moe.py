@@ -259,6 +259,28 @@ def test_steps_are_asked_for_in_numbers_that_a_run_can_time() -> None:
     assert training_steps.FEWEST_STEPS == WARM_UP_STEPS + 1
 
 
+def test_every_run_compiles_anew_and_is_not_shown_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no run finds the kernels that another has compiled, whatever the order of the runs."""
+    started: list[tuple[list[str], str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+            started.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+            assert not Path(env["TORCHINDUCTOR_CACHE_DIR"]).exists()
+
+        def wait(self) -> None:
+            Path(started[-1][1]).mkdir()
+
+    monkeypatch.setattr(training_steps.subprocess, "Popen", Process)
+    for _ in range(2):
+        with pytest.raises(training_steps.RunFailed, match="it printed nothing"):
+            training_steps.run_once(training_steps.Trial(Path("a.json"), REPO_ROOT), 4, ["run.train.seed=1"])
+    assert started[0][1] != started[1][1]
+    for command, cache in started:
+        assert command[-4:] == ["--set", "run.train.stop_at_step=4", 'run.wandb.mode="disabled"', "run.train.seed=1"]
+        assert not Path(cache).exists()
+
+
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
