@@ -412,7 +412,7 @@ class Trainer:
     def on_device(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """A batch on the engine's device; pinned first for a GPU, so that the host need not wait for the copy."""
         device = self.engine.device
-        return tuple((part.pin_memory() if on_gpu() else part).to(device, non_blocking=True) for part in batch)
+        return tuple((each.pin_memory() if on_gpu() else each).to(device, non_blocking=True) for each in batch)
 
     @property
     def lr_factor(self) -> float:
@@ -533,8 +533,10 @@ class Trainer:
         )
         epochs = train.epochs(run.num_steps * run.train_batch_size)
         for split, share, repeats in zip(train.splits, train.shares, epochs, strict=True):
-            part = f"{100 * float(share):.1f}% of the samples, " if len(train.splits) > 1 else ""
-            self.log.say(f"data: {split.name}, {part}{split.source.num_tokens:,} tokens, repeated {repeats:.2f} times")
+            of_all = f"{100 * float(share):.1f}% of the samples, " if len(train.splits) > 1 else ""
+            self.log.say(
+                f"data: {split.name}, {of_all}{split.source.num_tokens:,} tokens, repeated {repeats:.2f} times"
+            )
         self.log.say(
             f"steps: {run.num_steps:,} of {run.tokens_per_step:,} tokens, "
             f"{self.topology.accumulation_steps} micro-steps each"
@@ -564,6 +566,7 @@ class Trainer:
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),
             "peak_mem_mib": self.peak_memory_mib or None,
+            "time/compile_s": self.compiles.seconds if self.compiles.graphs else None,  # the last validation included
             "compiled_graphs": len(self.compiles.graphs),
             "recompiles": self.compiles.recompiles,
             **self.gpu_monitor.figures(),

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -50,6 +51,9 @@ PARTS = (
 STEP, BLOCK = "step", "block"  # marks around all that is divided, and around a block from outside of its graph
 PREFIX = "part: "
 FOREVER = 2**63  # in nanoseconds
+# cudaEventRecord, cuLaunchKernel ...: where no operator made the call it has no link, a number that is no operator's
+# though it may be equal to one, and the thread that stopped the profiler instead of its own.
+RUNTIME_CALL = re.compile(r"cu(da)?[A-Z]")
 
 _marking = False  # whether this process records a profile
 
@@ -207,6 +211,8 @@ def events_of(profiler: profile, on_gpu: bool) -> tuple[list[HostEvent], list[De
             if not event.is_user_annotation():  # a mark, seen on the device
                 device.append(DeviceEvent(event.name(), start, end, event.linked_correlation_id()))
         elif event.linked_correlation_id() == 0 and event.start_thread_id() == event.end_thread_id():
+            if RUNTIME_CALL.match(event.name()):
+                continue
             thread, sequence = event.start_thread_id(), event.sequence_nr()
             host.append(
                 HostEvent(event.name(), start, end, event.correlation_id(), thread, sequence, event.fwd_thread_id())

@@ -5,7 +5,8 @@
     selective  inputs and the results of expensive operators are kept; norms, activations, rotary positions, gathers and
                the router's bookkeeping run a second time (the idea of arXiv 2205.05198, chosen by operator)
 
-The second pass applies the same operators to the same values, so losses, gradients and statistics are those of "none".
+The second pass applies the same operators to the same values, so losses, gradients and statistics are those of "none"
+(compiled, in bf16, gradients to rounding: other kernels are fused).
 Statistics are those that the first pass returned; what the second pass returns is thrown away, so nothing counts twice.
 Ranks that share experts repeat their collectives in step: all of them run the same blocks backwards in the same order.
 """

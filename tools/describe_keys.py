@@ -15,12 +15,13 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launch.run_config import REPO_ROOT, RunSection
+from model import config
 from model.config import Section
 
 README = REPO_ROOT / "ds_configs" / "README.md"
@@ -78,9 +79,9 @@ def annotations_and_comments(section: type[Section]) -> tuple[dict[str, str], di
     return types, comments
 
 
+CHOICES = {name: get_args(kind) for name, kind in vars(config).items() if get_origin(kind) is Literal}
 NAMED_TYPES = {
-    "ActivationCheckpointing": "'none' | 'block' | 'selective'",
-    "CrossEntropy": "'plain' | 'chunked' | 'liger'",
+    **{name: " | ".join(map(repr, choices)) for name, choices in CHOICES.items()},
     "TrainNames": "str | list",
     "ValNames": "str | object | list | None",
     "MoEConfig": "object",

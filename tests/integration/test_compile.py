@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -164,6 +166,21 @@ def test_a_run_of_two_ranks_compiles_once_and_says_how_long(two_ranks: RankPool,
     assert "time/compile_s" not in none
     assert (none["compiled_graphs"], none["recompiles"]) == (0, 0)
     assert static["val/loss"] == pytest.approx(none["val/loss"], rel=1e-5)
+
+
+def test_the_summary_counts_the_seconds_of_all_graphs_that_it_counts() -> None:
+    """A resumed run validates for the first time after its last step is logged, and compiles for that."""
+    from train import Trainer
+
+    def trainer(graphs: list[str]) -> Any:
+        compiles = SimpleNamespace(seconds=7.0, graphs=graphs, recompiles=0)
+        attempt = MagicMock(latest={"time/compile_s": 5.0} if graphs else {}, compiles=compiles)
+        attempt.gpu_monitor.figures.return_value = {}
+        return attempt
+
+    figures = Trainer.figures(trainer(TRAINING + VALIDATION), timed=False)
+    assert (figures["time/compile_s"], figures["compiled_graphs"]) == (7.0, 6)
+    assert Trainer.figures(trainer([]), timed=False)["time/compile_s"] is None  # left out
 
 
 def losses_and_gradients(moe: dict[str, Any], ep_size: int, mode: CompileMode) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from launch.run_config import REPO_ROOT
 from model.config import ConfigError, MoEConfig
 from model.loop import WARM_UP_STEPS
 from tools.bench_moe import blocks, results, timing, training_steps
-from tools.bench_moe.__main__ import main
+from tools.bench_moe.__main__ import figures, main
 from tools.bench_moe.blocks import Block, Case
 from tools.bench_moe.rounds import interquartile_range, median_ratio, order_of_round
 from tools.bench_moe.shapes import ALSO_COMPILED, BLOCKS, SETS, Shape, parse_blocks, parse_shapes
@@ -259,6 +259,28 @@ def test_steps_are_asked_for_in_numbers_that_a_run_can_time() -> None:
     assert training_steps.FEWEST_STEPS == WARM_UP_STEPS + 1
 
 
+def test_every_run_compiles_anew_and_is_not_shown_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no run finds the kernels that another has compiled, whatever the order of the runs."""
+    started: list[tuple[list[str], str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+            started.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+            assert not Path(env["TORCHINDUCTOR_CACHE_DIR"]).exists()
+
+        def wait(self) -> None:
+            Path(started[-1][1]).mkdir()
+
+    monkeypatch.setattr(training_steps.subprocess, "Popen", Process)
+    for _ in range(2):
+        with pytest.raises(training_steps.RunFailed, match="it printed nothing"):
+            training_steps.run_once(training_steps.Trial(Path("a.json"), REPO_ROOT), 4, ["run.train.seed=1"])
+    assert started[0][1] != started[1][1]
+    for command, cache in started:
+        assert command[-4:] == ["--set", "run.train.stop_at_step=4", 'run.wandb.mode="disabled"', "run.train.seed=1"]
+        assert not Path(cache).exists()
+
+
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +443,24 @@ def test_a_file_of_results_becomes_a_section_with_its_command_commit_machine_and
         "| `a`   | 1,234.50 | 1.00 |",
     ):
         assert part in shown, shown
+
+
+def test_every_figure_of_a_block_has_its_column() -> None:
+    """Of a GPU too: the columns read what `figures` writes."""
+    measured = {
+        name: timing.Series(ms=[2.0, 2.0], peak_memory_mib=1234.0, first_step_s=56.0)
+        for name in ("deepspeed/stock", "dense/iso_flop", "dense/iso_flop+static")
+    }
+    row = figures("dense/iso_flop+static", int(7e12), measured)
+    head = {"shape": {"T": 8, "D": 4, "F": 4, "E": 2, "k": 1}, "dtype": "bf16", "block": "a", "flops": int(7e12)}
+    title, _, cells = results.tables([head | row]).splitlines()[-3:]
+    shown = dict(zip(title.split(" | "), cells.split(" | "), strict=True))
+    found = {name.strip(" |"): text.strip(" |") for name, text in shown.items()}
+    assert found == {
+        "block": "`a`", "GFLOP": "7,000.0", "ms": "2.00", "IQR": "0.00", "speed / stock": "1.00",
+        "time / dense": "1.00", "compiled / dense compiled": "1.00", "TFLOP/s": "3,500.00", "peak MiB": "1,234",
+        "compile s": "56",
+    }  # fmt: skip
 
 
 def test_rows_of_training_steps_are_medians_over_their_rounds() -> None:

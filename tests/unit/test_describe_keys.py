@@ -17,6 +17,7 @@ def test_the_reference_tells_type_limits_default_and_meaning() -> None:
     assert "| `top_k` | int ≥ 1 | `2` | experts that a token goes to |" in lines
     assert any(line.startswith("| `decay_frac` | float > 0, ≤ 1 | `0.2` |") for line in lines)
     assert any(line.startswith("| `ep_size` | int or 'auto' or 'max' | `\"auto\"` |") for line in lines)
+    assert any(line.startswith("| `mode` | 'static' or 'dynamic' or 'none' |") for line in lines)
     assert any(line.startswith("| `hidden_size` | int ≥ 1 | required |") for line in lines)
 
 

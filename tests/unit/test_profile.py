@@ -181,6 +181,8 @@ def test_kernels_are_linked_to_operators_and_marks_on_the_device_are_none() -> N
     events = [
         kineto("aten::mm", DeviceType.CPU, correlation_id=7, sequence_nr=3),
         kineto("cudaLaunchKernel", DeviceType.CPU, correlation_id=7, linked_correlation_id=7),
+        kineto("cudaDeviceSynchronize", DeviceType.CPU, correlation_id=7),  # of no operator: another 7
+        kineto("cuLaunchKernel", DeviceType.CPU, correlation_id=7),
         kineto("gemm", DeviceType.CUDA, correlation_id=8, linked_correlation_id=7),
         kineto("part: experts", DeviceType.CUDA, is_user_annotation=True),
         kineto("gloo:all_reduce", DeviceType.CPU, end_thread_id=ENGINE),

@@ -96,7 +96,7 @@ BLOCK_COLUMNS = {
     "time / dense": lambda row: number(row, "time_over_dense", 2),
     "compiled / dense compiled": lambda row: number(row, "time_over_dense_static", 2),
     "TFLOP/s": lambda row: number(row, "tflops", 2),
-    "peak MiB": lambda row: number(row, "peak_mem_mib_median", 0),
+    "peak MiB": lambda row: number(row, "peak_mem_mib", 0),
     "compile s": lambda row: number(row, "compile_s", 0),
 }
 STEP_COLUMNS = {

@@ -100,17 +100,20 @@ def row_of(figures: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_once(trial: Trial, steps: int, assignments: list[str]) -> dict[str, Any]:
-    """Run the first steps of a run file, and return what its summary says. Raises RunFailed."""
+    """Run the first steps of a run file, and return what its summary says. Raises RunFailed.
+
+    It compiles all anew: what earlier runs left in inductor's cache would make compile_s a matter of the order of runs.
+    """
     with tempfile.TemporaryDirectory(prefix="bench_moe_") as folder:
         run_dir, printed = Path(folder) / "run", Path(folder) / "printed"
         command = [sys.executable, "-m", "launch.run", str(trial.path), "--run_dir", str(run_dir)]
-        command += ["--set", f"run.train.stop_at_step={steps}", *assignments]
+        command += ["--set", f"run.train.stop_at_step={steps}", 'run.wandb.mode="disabled"', *assignments]
         launched = datetime.now(UTC)
         with open(printed, "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 command,
                 cwd=trial.checkout,
-                env={**os.environ, "WANDB_MODE": "disabled"},
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
