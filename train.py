@@ -533,10 +533,8 @@ class Trainer:
         )
         epochs = train.epochs(run.num_steps * run.train_batch_size)
         for split, share, repeats in zip(train.splits, train.shares, epochs, strict=True):
-            of_all = f"{100 * float(share):.1f}% of the samples, " if len(train.splits) > 1 else ""
-            self.log.say(
-                f"data: {split.name}, {of_all}{split.source.num_tokens:,} tokens, repeated {repeats:.2f} times"
-            )
+            drawn = f"{100 * float(share):.1f}% of the samples, " if len(train.splits) > 1 else ""
+            self.log.say(f"data: {split.name}, {drawn}{split.source.num_tokens:,} tokens, repeated {repeats:.2f} times")
         self.log.say(
             f"steps: {run.num_steps:,} of {run.tokens_per_step:,} tokens, "
             f"{self.topology.accumulation_steps} micro-steps each"

@@ -247,7 +247,7 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
 
 # Settings that say where and under whose eyes a run happens, when it pauses, what is recorded of it, or how it trades
 # time for memory without another result, but for rounding, which moves with the number of ranks too: a run may be
-# continued with others.
+# continued with others. (Not with another expert_backend: ZeRO's flat buffers would hold the experts in another order.)
 NOT_IN_HASH = (
     ("compile",),
     ("launch",),
