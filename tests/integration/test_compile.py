@@ -183,6 +183,18 @@ def test_the_summary_counts_the_seconds_of_all_graphs_that_it_counts() -> None:
     assert Trainer.figures(trainer([]), timed=False)["time/compile_s"] is None  # left out
 
 
+def test_with_muon_whose_update_deepspeed_compiles_nothing_is_compiled_after_the_first_step_either(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    muon = '{"type": "Muon", "params": {"lr": null, "muon_lr": 0.02, "adam_lr": 0.004}}'
+    settings = [f"optimizer={muon}", "gradient_clipping=0", "run.compile.mode=static", "run.launch.ep_size=2"]
+    lengths = ["run.train.num_steps=4", "run.train.eval_every=2"]
+    assert two_ranks.run(train_run, tmp_path / "run", [*settings, *lengths], True) == [0, 0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["recompiles"] == 0
+    assert summary["compiled_graphs"] > len(TRAINING) + 7, "Muon's update is among them"
+
+
 def losses_and_gradients(moe: dict[str, Any], ep_size: int, mode: CompileMode) -> dict[str, Any]:
     import torch.distributed as dist
 
