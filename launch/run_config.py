@@ -27,9 +27,18 @@ from launch.deepspeed_keys import (
     refuse_unknown,
     stated,
 )
+from launch.fp8_settings import refuse_fp8_settings
 from launch.optimizer_settings import refuse_optimizer
 from launch.zero_settings import refuse_zero_settings, zero_stage
-from model.config import ActivationCheckpointing, CompileMode, ConfigError, CrossEntropy, ModelConfig, Section
+from model.config import (
+    ActivationCheckpointing,
+    CompileMode,
+    ConfigError,
+    CrossEntropy,
+    FP8Config,
+    ModelConfig,
+    Section,
+)
 from model.flops import count_parameters
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +144,7 @@ class RunSection(Section):
     model: ModelConfig
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
     train: TrainConfig
+    fp8: FP8Config = FP8Config()
     compile: CompileConfig = CompileConfig()
     launch: LaunchConfig = LaunchConfig()
     wandb: WandbConfig = WandbConfig()
@@ -156,6 +166,7 @@ class Run:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    fp8: FP8Config
     compile: CompileConfig
     launch: LaunchConfig
     wandb: WandbConfig
@@ -205,6 +216,7 @@ def resolve(tree: dict[str, Any]) -> Run:
         model=section.model,
         data=section.data,
         train=section.train,
+        fp8=section.fp8,
         compile=section.compile,
         launch=section.launch,
         wandb=section.wandb,
@@ -470,6 +482,7 @@ def refuse_deepspeed_settings(tree: dict[str, Any], run: RunSection) -> None:
         if tree.get(name, {}).get("enabled"):
             raise ConfigError(f"{name}.enabled={json.dumps(tree[name]['enabled'])} is not supported. {way_out}.")
 
+    refuse_fp8_settings(run.fp8, run.model, run.train.cross_entropy, tree)
     refuse_zero_settings(tree, run.model.moe is not None, run.train.activation_checkpointing)
     if run.compile.mode != "none" and zero_stage(tree) == 3:
         raise ConfigError(

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 ActivationCheckpointing = Literal["none", "block", "selective"]  # what they mean stands in model/recompute.py
 CompileMode = Literal["static", "dynamic", "none"]  # what they mean stands in model/compiling.py
 CrossEntropy = Literal["plain", "chunked", "liger"]  # what they mean stands in model/loss.py
+FP8Recipe = Literal["rowwise_with_gw_hp", "rowwise", "tensorwise"]  # torchao's; what they mean stands in model/fp8.py
+FP8Casts = Literal["torch", "triton"]  # model/fp8_casts.py, model/fp8_kernels.py
+FP8_WIDTHS = 16  # the FP8 products take matrices whose both sides are multiples of this
 CROSS_ENTROPY_CHUNK = 1024  # tokens whose logits are in memory at a time under "chunked"
 
 
@@ -172,3 +175,31 @@ class ModelConfig(Section):
                 f"(moe.layer_freq=1). Remove it, or set moe.ffn_hidden_size for the width of an expert."
             )
         return self
+
+
+class FP8Config(Section):
+    """`run.fp8`: which matrix products are in FP8. Router, norms and embeddings never are, nor is validation."""
+
+    enabled: bool = False  # whether any is
+    experts: bool = True  # those of the experts
+    dense: bool = False  # attention projections and dense MLPs
+    lm_head: bool = False  # the head, where the loss is computed
+    recipe: FP8Recipe = "rowwise_with_gw_hp"  # of scales and types; rowwise: torchao's grouped operator for experts
+    casts: FP8Casts = "torch"  # of the experts: plain torch, to be compiled, or Triton kernels for a GPU
+    min_reduced_width: float = Field(default=0.0, ge=0)  # of an N x K matrix: it stays in bf16 if N*K/(N+K) is below
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.enabled and not (self.experts or self.dense or self.lm_head):
+            raise ConfigError(
+                "enabled=True converts nothing: experts, dense and lm_head are false. Ask for one, or remove it."
+            )
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        if not self.enabled:
+            off = "with enabled=False. Remove it, or set enabled to true."
+            return {name: off for name in FP8Config.model_fields if name != "enabled"}
+        if not self.experts:
+            return {"casts": "with experts=False. Remove it, or set experts to true."}
+        return {}

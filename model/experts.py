@@ -134,6 +134,19 @@ def _(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor,
     return torch.empty_like(rows), torch.empty_like(weight)
 
 
+@torch.library.custom_op("moelab::grouped_weight_gradient", mutates_args=())
+def grouped_weight_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """grad [N, F], rows [N, D] -> [L, F, D]: for expert l the sum over its rows of grad^T row."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(ends.shape[0], grad.shape[1], rows.shape[1])
+    return torch._grouped_mm(grad.contiguous().mT, rows, offs=ends)
+
+
+@grouped_weight_gradient.register_fake
+def _(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
+
+
 def _save_operands(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 

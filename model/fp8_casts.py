@@ -21,8 +21,8 @@ from torch import Tensor
 for name in ("torchao", "torch.utils._pytree"):  # torchao 0.18.0 tells of kernels for GPUs that it cannot load here
     logging.getLogger(name).setLevel(logging.ERROR)
 
-from torchao.float8.config import ScalingGranularity
-from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
+from torchao.float8.config import ScalingGranularity  # noqa: E402
+from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated  # noqa: E402
 
 E4M3 = torch.float8_e4m3fn
 

@@ -11,6 +11,7 @@ pass multiplies these gradients by what comes from above.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +33,8 @@ class Head(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None, cross_entropy: CrossEntropy) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
         self.softcap = softcap
-        self.cross_entropy = {"plain": plain, "chunked": chunked, "liger": liger}[cross_entropy]
+        ways: dict[str, Callable[..., Tensor]] = {"plain": plain, "chunked": chunked, "liger": liger}
+        self.cross_entropy = ways[cross_entropy]
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
@@ -50,16 +52,38 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None) -> Tensor:
+def plain(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    softcap: float | None,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
     """The definition. A target of IGNORED_TARGET counts nowhere; without any other the loss is 0."""
-    logits_TV = bend(F.linear(x_TD, weight_VD), softcap)
+    logits_TV = bend(linear(x_TD, weight_VD), softcap)
     total = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
     return total / (targets_T != IGNORED_TARGET).sum().clamp(min=1)
 
 
-def chunked(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None) -> Tensor:
+class Products:
+    """The products with the head's weight that the chunks need; model/fp8.py has them in FP8."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.weight_VD = weight_VD
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return x_TD @ self.weight_VD.t()
+
+    def input_gradient(self, grad_TV: Tensor) -> Tensor:
+        return grad_TV @ self.weight_VD
+
+
+def chunked(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None, products: Products | None = None
+) -> Tensor:
     """`plain` to rounding, CROSS_ENTROPY_CHUNK tokens at a time."""
-    return ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, torch.is_grad_enabled())
+    products = products or Products(weight_VD.detach())
+    return ChunkedCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, products, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,7 +95,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None, with_gradients: bool
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        softcap: float | None,
+        products: Products,
+        with_gradients: bool,
     ) -> Tensor:
         wide = at_least_fp32(x_TD.dtype)
         num_targets = (targets_T != IGNORED_TARGET).sum().clamp(min=1)
@@ -80,11 +110,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_x_TD, grad_weight_VD = torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=wide)
         for start in range(0, len(x_TD), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
-            log_probs_TV, slope_TV = log_softmax_of_logits(x_TD[rows], weight_VD, softcap)
+            log_probs_TV, slope_TV = log_softmax_of_logits(products.logits(x_TD[rows]), softcap)
             total += F.nll_loss(log_probs_TV, targets_T[rows], ignore_index=IGNORED_TARGET, reduction="sum")
             if with_gradients:
                 grad_TV = gradient_of_logits(log_probs_TV, slope_TV, targets_T[rows], num_targets).to(x_TD.dtype)
-                grad_x_TD[rows] = grad_TV @ weight_VD
+                grad_x_TD[rows] = products.input_gradient(grad_TV)
                 grad_weight_VD += grad_TV.t() @ x_TD[rows]
                 del grad_TV
             del log_probs_TV, slope_TV  # before the next chunk takes its memory
@@ -94,14 +124,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_x_TD * grad, grad_weight_VD * grad, None, None, None
+        return grad_x_TD * grad, grad_weight_VD * grad, None, None, None, None
 
 
-def log_softmax_of_logits(x_TD: Tensor, weight_VD: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def log_softmax_of_logits(logits_TV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities [T, V], and d bent logit / d logit = 1 - tanh(logit / softcap)^2 where there is a softcap."""
-    logits_TV = bend(x_TD @ weight_VD.t(), softcap)
+    logits_TV = bend(logits_TV, softcap)
     slope_TV = None if softcap is None else 1 - (logits_TV / softcap).square()
     return logits_TV.log_softmax(-1), slope_TV
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import ops
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import model.fp8_matmul
 import model.moe  # noqa: F401  defines moelab::all_to_all
 from model.config import ActivationCheckpointing
 
@@ -36,6 +37,7 @@ KEPT_OPERATORS = [
     ops.aten._scaled_dot_product_efficient_attention.default,
     ops.aten._scaled_dot_product_cudnn_attention.default,
     ops.moelab.grouped_linear.default,
+    ops.moelab.scaled_matmul.default,
     ops.moelab.all_to_all.default,
     # Not for its time: what is kept lies in the order of the first pass's routing. A compiled second pass may round the
     # scores otherwise, and where two of them nearly tie, a token that goes elsewhere would move the rows of all others.

@@ -46,8 +46,11 @@ DOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepspeed.moe.utils", ("model/optim.py",)),  # how the engine wants parameter groups split
     ("deepspeed.moe.layer", ("model/moe.py", "tools/bench_moe/blocks.py")),  # the latter as a peer
     ("deepspeed.moe", ("model/moe.py", "model/router.py")),
-    ("deepspeed", ("train.py", "model/checkpoint.py", "model/moe.py", "model/router.py", "model/optim.py")),
-    ("torchao", ("model/fp8.py",)),
+    (
+        "deepspeed",
+        ("train.py", "model/device.py", "model/checkpoint.py", "model/moe.py", "model/router.py", "model/optim.py"),
+    ),
+    ("torchao", ("model/fp8.py", "model/fp8_casts.py")),
     ("liger_kernel", ("model/loss.py",)),
     ("pynvml", ("launch/gpu_monitor.py",)),
     ("wandb", ("launch/run_log.py", "tools/compare_runs.py")),
