@@ -1,6 +1,7 @@
 """How much memory one rank needs: an estimate from the configuration alone, good enough to choose an ep_size.
 
 weights and gradients   2 bytes each in bf16, 4 in fp32; a rank holds its share of the experts
+FP8 copies              2 bytes for every weight of the experts and of a head in chunks: one for each orientation
 optimizer               12 bytes per parameter (fp32 master and two moments; too many for Muon, which has one), divided
                         among the ranks that hold a copy; nothing where it is offloaded to the host, whose memory is not
                         counted
@@ -57,7 +58,18 @@ def estimate_memory(run: Run, ranks: int, ep_size: int) -> MemoryEstimate:
     states = state_bytes(dense, ranks) + state_bytes(counts.expert // ep_size, max(1, ranks // ep_size))
     if stage >= 3:
         states += width * min(counts.total, gathered_at_once(run))
-    return MemoryEstimate(int(states), activation_bytes(run, width))
+    return MemoryEstimate(int(states) + fp8_bytes(run, counts.expert // ep_size), activation_bytes(run, width))
+
+
+def fp8_bytes(run: Run, expert_parameters: int) -> int:
+    """What is kept in FP8 beside the weights of this rank; torchao's own ways cast anew and keep nothing."""
+    fp8, moe = run.fp8, run.model.moe
+    if not fp8.enabled or fp8.recipe != "rowwise_with_gw_hp":
+        return 0
+    weights = expert_parameters if fp8.experts and moe is not None and moe.expert_backend != "loop" else 0
+    if fp8.lm_head and run.train.cross_entropy == "chunked":
+        weights += run.model.vocab_size * run.model.hidden_size
+    return 2 * weights
 
 
 def gathered_at_once(run: Run) -> int:

@@ -192,14 +192,14 @@ class FP8Config(Section):
     def _check(self) -> Self:
         if self.enabled and not (self.experts or self.dense or self.lm_head):
             raise ConfigError(
-                "enabled=True converts nothing: experts, dense and lm_head are false. Ask for one, or remove it."
+                "enabled=true converts nothing: experts, dense and lm_head are false. Ask for one, or remove it."
             )
         return self
 
     def without_effect(self) -> dict[str, str]:
         if not self.enabled:
-            off = "with enabled=False. Remove it, or set enabled to true."
+            off = "with enabled=false. Remove it, or set enabled to true."
             return {name: off for name in FP8Config.model_fields if name != "enabled"}
         if not self.experts:
-            return {"casts": "with experts=False. Remove it, or set experts to true."}
+            return {"casts": "with experts=false. Remove it, or set experts to true."}
         return {}

@@ -131,7 +131,7 @@ def plan_conversion(model: nn.Module, config: FP8Config) -> list[Matrix]:
             key = "lm_head" if isinstance(module, Head) else "dense"
             shape = (module.out_features, module.in_features)
             reason = "the router is fp32" if name.endswith(".gate.wg") else None
-            reason = reason or (None if asked else f"run.fp8.{key} is false") or refuse_shape([shape], config)
+            reason = reason or (None if asked else f"run.fp8.{key} is false") or why_not([shape], config)
             matrices.append(Matrix(name, 1, shape, reason))
     return matrices
 
@@ -145,7 +145,7 @@ def plan_experts(name: str, experts: StackedExperts | LoopedExperts, ep_size: in
         count, weights = len(experts.deepspeed_experts), (mlp.w1.weight, mlp.w2.weight)
     shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
     reason = None if config.experts else "run.fp8.experts is false"
-    return Matrix(name, 2 * count * ep_size, shapes[0], reason or refuse_shape(shapes, config))
+    return Matrix(name, 2 * count * ep_size, shapes[0], reason or why_not(shapes, config))
 
 
 def parents(model: nn.Module, name: str) -> list[nn.Module]:
@@ -154,7 +154,7 @@ def parents(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1)]
 
 
-def refuse_shape(shapes: list[tuple[int, int]], config: FP8Config) -> str | None:
+def why_not(shapes: list[tuple[int, int]], config: FP8Config) -> str | None:
     """Why matrices of these shapes [N, K] are not converted; None if they are."""
     for n, k in shapes:
         for width, what in ((n, "outputs"), (k, "inputs")):
@@ -269,7 +269,8 @@ def in_whole_rows(linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if present and present % FP8_WIDTHS == 0:
         return linear(x)
     missing = -present % FP8_WIDTHS or FP8_WIDTHS
-    return linear(F.pad(rows, (0, 0, 0, missing)))[:present].view(*x.shape[:-1], -1)
+    y = linear(F.pad(rows, (0, 0, 0, missing)))[:present]
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # --- head -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from launch.run_config import REPO_ROOT, load_run
-from model.config import ModelConfig
+from model.config import FP8Config, ModelConfig
+from model.fp8_weights import refresh_fp8
 from model.gpt import GPT, global_name, named_matrices
 from model.optim import build_optimizer
 from ranks import RankPool
@@ -39,7 +40,17 @@ def wake_up(model: GPT, ep_rank: int, num_local: int) -> None:
             parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(seed))
 
 
-def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[str, Any]:
+def convert(model: GPT, fp8: dict[str, Any] | None) -> None:
+    """run.fp8, if it is asked for."""
+    if fp8 is not None:
+        from model.fp8 import apply_fp8
+
+        apply_fp8(model, FP8Config(enabled=True, **fp8), emulate=True, compiled=False)
+
+
+def train_on_ranks(
+    config: ModelConfig, ep_size: int, zero_stage: int, fp8: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """On every rank: two steps through the DeepSpeed engine, on this rank's half of the batch."""
     import deepspeed
     import torch.distributed as dist
@@ -49,6 +60,7 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
     num_local = config.moe.num_experts // ep_size
     model = GPT(config, ep_size, rank % ep_size, seed=3)
     wake_up(model, rank % ep_size, num_local)
+    convert(model, fp8)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}}),
@@ -61,6 +73,7 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
     )
     losses, norms, micro_steps = [], [], 8 // (2 * world_size)
     for step in range(STEPS):
+        refresh_fp8(engine.module)
         loss_sum = torch.zeros(())
         for micro_step in range(micro_steps):
             first = (micro_step * world_size + rank) * 2
@@ -80,14 +93,16 @@ def train_on_ranks(config: ModelConfig, ep_size: int, zero_stage: int) -> dict[s
     return {"losses": losses, "norms": norms, "weights": weights}
 
 
-def train_in_one_process(config: ModelConfig) -> dict[str, Any]:
+def train_in_one_process(config: ModelConfig, fp8: dict[str, Any] | None = None) -> dict[str, Any]:
     """The same without ranks, engine or ZeRO: the joined batch, torch's own clipping and AdamW."""
     assert config.moe is not None
     model = GPT(config, seed=3)
     wake_up(model, 0, config.moe.num_experts)
+    convert(model, fp8)
     optimizer = build_optimizer(model, {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.1}})
     losses, norms = [], []
     for step in range(STEPS):
+        refresh_fp8(model)
         tokens = batch(step)
         loss, _ = model(tokens[:, :-1], tokens[:, 1:])
         optimizer.zero_grad()

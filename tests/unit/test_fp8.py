@@ -19,6 +19,7 @@ from model.gpt import GPT
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
 ALL = {"dense": True, "lm_head": True}
+DENSE = ("run.model.moe=null", "run.model.ffn_hidden_size=64")
 
 
 def build(*settings: str, config: str = "moe_tiny") -> GPT:
@@ -139,10 +140,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("fp8", "settings"), SETTINGS)
-def test_training_is_close_to_the_high_precision_and_never_equal(
-    fp8: dict[str, Any], settings: tuple[str, ...]
-) -> None:
-    """What is converted has gradients off by e4m3's error (e5m2's: twice that), by which one sees that it is FP8."""
+def test_training_is_close_to_high_precision_and_never_equal(fp8: dict[str, Any], settings: tuple[str, ...]) -> None:
+    """What is converted has gradients off by e4m3's or e5m2's error, by which one sees that it is FP8; a factor that is
+    lost or a wrong sign would be off by half or more."""
     plain, converted = build(*settings), build(*settings)
     conversion = convert(converted, **fp8)
     loss, gradients = one_pass(plain, tokens())
@@ -152,7 +152,7 @@ def test_training_is_close_to_the_high_precision_and_never_equal(
     assert set(gradients) == set(fp8_gradients)
     for name, expected in gradients.items():
         error = float((fp8_gradients[name] - expected).norm() / expected.norm())
-        assert error < 0.3, name
+        assert error < 0.5, name
         if any(name.startswith(f"{module}.") for module in modules):
             assert error > 1e-3, f"{name} is as exact as without FP8"
 

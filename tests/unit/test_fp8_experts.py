@@ -50,7 +50,8 @@ def passes(experts: Any, rows: Tensor, grad: Tensor, ends: Tensor | None = None)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
 
 
 # --- torchao --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run_config import VALID, data, launch, load, model, moe, muon, train, write
+from test_run_config import VALID, data, fp8, launch, load, model, moe, muon, train, write
 
 from launch.run_config import REPO_ROOT, load_run, merge_patch
 from model.config import ConfigError
@@ -62,7 +62,74 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"run": {"compile": {"mode": "fast"}}},
         "run.compile.mode=\"fast\": should be 'static', 'dynamic' or 'none'.",
     ),
-    ({"run": {"zzz": {}}}, "run.zzz is not a known key. Known here: compile, data, launch, model, train, wandb."),
+    ({"run": {"zzz": {}}}, "run.zzz is not a known key. Known here: compile, data, fp8, launch, model, train, wandb."),
+    # FP8
+    (fp8(recipe="row"), "run.fp8.recipe=\"row\": should be 'rowwise_with_gw_hp', 'rowwise' or 'tensorwise'."),
+    (
+        fp8(experts=False),
+        "run.fp8.enabled=true converts nothing: experts, dense and lm_head are false. Ask for one, or remove it.",
+    ),
+    (
+        {"run": {"fp8": {"dense": True}}},
+        "run.fp8.dense=True has no effect with enabled=false. Remove it, or set enabled to true.",
+    ),
+    (
+        fp8(experts=False, dense=True, casts="triton"),
+        "run.fp8.casts=triton has no effect with experts=false. Remove it, or set experts to true.",
+    ),
+    (
+        {"run": {**fp8()["run"], **model(moe=None, ffn_hidden_size=32)["run"]}},
+        "run.fp8.experts=true has no effect without run.model.moe. Set it to false, and run.fp8.dense to true.",
+    ),
+    (
+        merge_patch(fp8(), moe(ffn_hidden_size=40)),
+        "run.model.moe.ffn_hidden_size=40 is not a multiple of 16, which FP8 products need. Use 48, or no run.fp8 for "
+        "it.",
+    ),
+    (
+        merge_patch(fp8(experts=False, dense=True), model(hidden_size=40)),
+        "run.model.hidden_size=40 is not a multiple of 16, which FP8 products need. Use 48, or no run.fp8 for it.",
+    ),
+    (
+        merge_patch(fp8(lm_head=True), model(vocab_size=100)),
+        "run.model.vocab_size=100 is not a multiple of 16, which FP8 products need. Use 112, or no run.fp8 for it.",
+    ),
+    (
+        fp8(recipe="tensorwise"),
+        "run.fp8.recipe='tensorwise' has no product for all experts at once. Use 'rowwise_with_gw_hp', or "
+        "run.model.moe.expert_backend='loop'.",
+    ),
+    (
+        merge_patch(fp8(recipe="rowwise"), moe(capacity_factor=0.0)),
+        "run.fp8.recipe='rowwise' with run.model.moe.capacity_factor=0.0: torchao's operator takes groups of a "
+        "multiple of 16 rows, and dropless ones have any size. Use 'rowwise_with_gw_hp', or a capacity.",
+    ),
+    (
+        merge_patch(fp8(casts="triton"), moe(expert_backend="loop")),
+        "run.fp8.casts='triton' has no effect with run.model.moe.expert_backend='loop', where torchao casts. "
+        "Remove it.",
+    ),
+    (
+        fp8(casts="triton", recipe="rowwise"),
+        "run.fp8.casts='triton' has no effect with run.fp8.recipe='rowwise', where torchao casts. Remove it.",
+    ),
+    (
+        merge_patch(fp8(lm_head=True), train(cross_entropy="liger")),
+        "run.fp8.lm_head=true with run.train.cross_entropy='liger', which multiplies in bf16. Use 'chunked'.",
+    ),
+    (
+        fp8(lm_head=True, recipe="rowwise"),
+        "run.fp8.lm_head=true with run.fp8.recipe='rowwise' and run.train.cross_entropy='chunked', whose FP8 products "
+        "are 'rowwise_with_gw_hp'. Use that recipe, or 'plain'.",
+    ),
+    (
+        {
+            "run": {**fp8(experts=False, dense=True)["run"], **model(moe=None, ffn_hidden_size=32)["run"]},
+            "zero_optimization": {"stage": 3},
+        },
+        "run.fp8.enabled=true is not supported at zero_optimization.stage=3, which takes weights away between the "
+        "passes. Use stage 1 or 2.",
+    ),
     # missing
     (
         {"run": None},

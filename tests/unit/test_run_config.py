@@ -59,6 +59,10 @@ def launch(**patch: Any) -> dict[str, Any]:
     return {"run": {"launch": patch}}
 
 
+def fp8(**patch: Any) -> dict[str, Any]:
+    return {"run": {"fp8": {"enabled": True, **patch}}}
+
+
 def muon(params: dict[str, Any] | None = None, **patch: Any) -> dict[str, Any]:
     section = {"type": "Muon", "params": {"betas": None, **(params or {})}}
     return {"gradient_clipping": 0, "optimizer": section, **patch}
