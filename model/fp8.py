@@ -17,6 +17,9 @@ computed in bf16. On a CPU the same quantised values are dequantised and multipl
 
 from __future__ import annotations
 
+from model.fp8_casts import Quantized, quantize_rows, quantize_weights  # before torchao: it quiets its loggers
+
+# isort: split
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +39,6 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from model.config import FP8_WIDTHS, FP8Casts, FP8Config, FP8Recipe
 from model.experts import MLP, LoopedExperts, StackedExperts, activate
-from model.fp8_casts import Quantized, quantize_rows, quantize_weights
 from model.fp8_experts import FP8Experts, take_over
 from model.fp8_matmul import scaled_matmul
 from model.fp8_weights import FP8Weights, refresh_fp8
@@ -203,7 +205,7 @@ class TorchaoExperts(StackedExperts):
         M = rows.shape[1]
         rows = F.pad(rows, (0, 0, 0, -M % FP8_WIDTHS))  # rows of zeros, which add nothing anywhere
         linear = torchao_linear if rows.is_cuda else RowwiseLinear.apply
-        return linear(activate(linear(rows, self.w1), self.activation), self.w2)[:, :M]
+        return linear(activate(linear(rows, self.w1), self.activation), self.w2)[:, :M].contiguous()
 
 
 def torchao_linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from tools.bench_moe.blocks import Block, Case
 from tools.bench_moe.rounds import interquartile_range, median_ratio, order_of_round
 from tools.bench_moe.shapes import ALSO_COMPILED, BLOCKS, SETS, Shape, parse_blocks, parse_shapes
 
-T, D, F, E = 40, 16, 24, 4
+T, D, F, E = 40, 16, 32, 4
+IN_FP8 = ("ours/fp8", "ours/fp8_grouped", "torchao/grouped", "torchao/loop")
 TINY = f"T{T},D{D},F{F},E{E},k2"
 CPU = torch.device("cpu")
 FP32_SUMS = {
@@ -76,7 +77,10 @@ def test_a_moe_block_equals_the_reference_in_values_and_gradients(name: str, top
     pairs = ((y[0], expected_TD), (tiny.x.grad[0], x_TD.grad), (gate.grad, gate_ED.grad))
     for got, expected in pairs:
         assert expected.abs().mean() > 0.1  # so that the absolute tolerance hides nothing
-        torch.testing.assert_close(got, expected, **FP32_SUMS)
+        if name in IN_FP8:  # far more than rounding in fp32 does, and less than a lost factor
+            assert 1e-2 < float((got - expected).norm() / expected.norm()) < 0.3
+        else:
+            torch.testing.assert_close(got, expected, **FP32_SUMS)
     tiny.check(block)
     assert block.facts["dropped_frac"] == pytest.approx(1 - len(kept) / (T * top_k))
 
@@ -103,7 +107,7 @@ def test_deepspeeds_block_draws_nothing_at_random(top_k: int) -> None:
 
 def test_bmm_and_stock_drop_beyond_capacity_one_and_all_others_nothing() -> None:
     built = {name: case().build(name).facts.get("capacity_factor") for name in BLOCKS}
-    limited = ("ours/bmm", "ours/loop", "deepspeed/stock")
+    limited = ("ours/bmm", "ours/loop", "ours/fp8", "torchao/grouped", "torchao/loop", "deepspeed/stock")
     assert built == {**dict.fromkeys(BLOCKS, 0.0), **dict.fromkeys(limited, 1.0), "dense/iso_flop": None}
 
 
@@ -293,8 +297,12 @@ def test_all_blocks_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert row["shape"] == {"T": T, "D": D, "F": F, "E": E, "k": 2}
         assert len(row["ms_rounds"]) == 2
         assert row["ms_median"] == pytest.approx(sum(row["ms_rounds"]) / 2, abs=1e-3)
-        for key in ("ms_iqr", "flops", "parameters", "tflops", "speed_over_stock", "time_over_dense", "activation"):
+        for key in ("ms_iqr", "flops", "parameters", "activation"):
             assert key in row, key
+        emulated = row["block"] in IN_FP8
+        assert row.get("emulated", False) == emulated == ("fp8" in row)
+        for key in ("tflops", "speed_over_stock", "time_over_dense"):  # not of FP8 products that a CPU does not have
+            assert (key in row) != emulated, key
         assert ("capacity_factor" in row) == ("dropped_frac" in row) == (row["block"] != "dense/iso_flop")
         assert "peak_mem_mib" not in row  # not measured on a CPU
     env = written["env"]
@@ -304,7 +312,7 @@ def test_all_blocks_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert env["malloc"] == "as the system has it"
     assert not any("time_over_dense_static" in row for row in rows)
     printed = capsys.readouterr().out
-    assert all(f"| `{name}`" in printed for name in BLOCKS)
+    assert all(f"| `{name}`{', emulated' if name in IN_FP8 else ' '}" in printed for name in BLOCKS)
 
 
 def test_what_is_compiled_is_compared_with_the_floor_compiled_too(
@@ -451,7 +459,7 @@ def test_every_figure_of_a_block_has_its_column() -> None:
         name: timing.Series(ms=[2.0, 2.0], peak_memory_mib=1234.0, first_step_s=56.0)
         for name in ("deepspeed/stock", "dense/iso_flop", "dense/iso_flop+static")
     }
-    row = figures("dense/iso_flop+static", int(7e12), measured)
+    row = figures("dense/iso_flop+static", {"flops": int(7e12)}, measured)
     head = {"shape": {"T": 8, "D": 4, "F": 4, "E": 2, "k": 1}, "dtype": "bf16", "block": "a", "flops": int(7e12)}
     title, _, cells = results.tables([head | row]).splitlines()[-3:]
     shown = dict(zip(title.split(" | "), cells.split(" | "), strict=True))

@@ -155,21 +155,21 @@ def rows_of_case(shape: Shape, dtype: str, device: torch.device, names: tuple[st
     return [
         {**head, "block": name}
         | (blocks[name].facts if name in blocks else {})
-        | ({"error": failed[name]} if name in failed else figures(name, blocks[name].facts["flops"], measured))
+        | ({"error": failed[name]} if name in failed else figures(name, blocks[name].facts, measured))
         for name in names
     ]
 
 
-def figures(name: str, flops: int, measured: dict[str, Series]) -> Row:
-    """The numbers of one block; ratios where there is what to compare with."""
-    series = measured[name]
+def figures(name: str, facts: dict[str, Any], measured: dict[str, Series]) -> Row:
+    """The numbers of one block; ratios where there is what to compare with, and where they mean something."""
+    series, emulated = measured[name], facts.get("emulated", False)
     median = statistics.median(series.ms)
     row = {
         "ms_median": median,
         "ms_iqr": interquartile_range(series.ms),
         "ms_rounds": [round(ms, 4) for ms in series.ms],
         "steps_per_sample": series.steps_per_sample,
-        "tflops": flops / median / 1e9,
+        **({} if emulated else {"tflops": facts["flops"] / median / 1e9}),
     }
     if "static" in name or "dynamic" in name:
         row["compile_s"] = series.first_step_s
@@ -177,6 +177,8 @@ def figures(name: str, flops: int, measured: dict[str, Series]) -> Row:
         row["peak_mem_mib"] = series.peak_memory_mib
     if series.minor_faults:
         row["minor_faults_per_step"] = statistics.median(series.minor_faults)
+    if emulated:  # what takes the place of FP8 products says nothing about their speed
+        return row
     stock, floor = measured.get(STOCK), measured.get(FLOOR)
     if stock is not None and stock.error is None:
         row["speed_over_stock"] = median_ratio(stock.ms, series.ms)

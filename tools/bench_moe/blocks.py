@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from model.config import MoEConfig
+from model.config import FP8_WIDTHS, FP8Config, MoEConfig
+from model.fp8_weights import refresh_fp8
 from model.moe import MoELayer
 from tools.bench_moe.shapes import Shape
 
@@ -128,8 +129,19 @@ class Case:
     # --- the makers -------------------------------------------------------------------------------------------------
 
     def ours(self, variant: str) -> Block:
-        """bmm and loop with capacity 1.0, grouped without dropping."""
+        """bmm, loop and fp8 with capacity 1.0, grouped and fp8_grouped without dropping."""
         backend, _, activation = variant.partition("+")
+        fp8 = FP8Config(enabled=True) if backend.startswith("fp8") else None
+        return self.our_layer({"fp8": "bmm", "fp8_grouped": "grouped"}.get(backend, backend), activation, fp8)
+
+    def torchao(self, variant: str) -> Block:
+        """Our layer, capacity 1.0, with torchao's experts: its differentiable grouped operator, which casts rowwise, or
+        a Float8Linear after the other with one scale for every tensor, which torchao calls its fastest."""
+        if variant == "grouped":
+            return self.our_layer("bmm", "", FP8Config(enabled=True, recipe="rowwise"))
+        return self.our_layer("loop", "", FP8Config(enabled=True, recipe="tensorwise"))
+
+    def our_layer(self, backend: str, activation: str, fp8: FP8Config | None) -> Block:
         experts = self.experts(activation or "relu2")
         capacity_factor = 0.0 if backend == "grouped" else 1.0
         config = MoEConfig(
@@ -140,13 +152,21 @@ class Case:
             min_capacity=MIN_CAPACITY,
             expert_backend=backend,  # type: ignore[arg-type]
         )
-        layer = MoELayer(self.shape.D, config, experts.activation)
-        return self.finish(
-            layer,
-            self.named_as_deepspeed_does(experts),
-            self.facts_of(experts, capacity_factor),
-            lambda returned: returned[1].dropped,
-        )
+        layer, facts = MoELayer(self.shape.D, config, experts.activation), self.facts_of(experts, capacity_factor)
+        if fp8 is not None:
+            facts |= self.in_fp8(layer, fp8)
+        block = self.finish(layer, self.named_as_deepspeed_does(experts), facts, lambda returned: returned[1].dropped)
+        refresh_fp8(layer)  # once per optimizer step in a run, so not a part of what is timed
+        return block
+
+    def in_fp8(self, layer: MoELayer, config: FP8Config) -> dict[str, Any]:
+        """Convert the layer; what its row says of it. Raises RuntimeError if there is nothing to convert."""
+        from model.fp8 import apply_fp8  # loads torchao
+
+        emulated = self.device.type != "cuda"
+        if apply_fp8(layer, config, emulate=emulated, compiled=False).converted == 0:
+            raise RuntimeError(f"no FP8 for matrices of {self.shape.D} x {self.shape.F}: not multiples of {FP8_WIDTHS}")
+        return {"fp8": config.recipe, **({"emulated": True} if emulated else {})}
 
     def deepspeed(self, variant: str) -> Block:
         """DeepSpeed's layer with its own gate: top1gating, top2gating, or for k > 2 topkgating.
@@ -222,6 +242,7 @@ class Case:
 
 MAKERS: dict[str, Callable[[Case, str], Block]] = {
     "ours": Case.ours,
+    "torchao": Case.torchao,
     "deepspeed": Case.deepspeed,
     "transformers": Case.transformers,
     "seed": Case.seed,

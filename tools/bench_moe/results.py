@@ -18,7 +18,7 @@ TOOL = "bench_moe"
 FOLDER = REPO_ROOT / "benchmarks"
 README = FOLDER / "README.md"
 BEGIN, END = "<!-- results: written by python -m tools.bench_moe --readme -->", "<!-- end of results -->"
-PACKAGES = ("torch", "deepspeed", "transformers", "triton")
+PACKAGES = ("torch", "deepspeed", "torchao", "transformers", "triton")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides how fast a CPU multiplies bf16
 VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "MALLOC_", "GLIBC_TUNABLES", "NVIDIA_TF32",
              "CUBLAS_", "PYTORCH_", "TORCH_BLAS", "CUDA_LAUNCH_BLOCKING")  # fmt: skip
@@ -86,7 +86,7 @@ def routing(row: Row) -> str:
 
 
 BLOCK_COLUMNS = {
-    "block": lambda row: f"`{row['block']}`",
+    "block": lambda row: f"`{row['block']}`{', emulated' if row.get('emulated') else ''}",
     "routing": routing,
     "activation, width": lambda row: f"{row['activation']}, {row['width']}" if "width" in row else "",
     "GFLOP": lambda row: number(row, "flops", 1, 1e-9),
