@@ -10,7 +10,8 @@ from model.config import ConfigError, FP8Config
 # As in torchao's grouped operator: Hopper then adds products up with about 14 bits, not in fp32 after every few.
 FAST_ACCUMULATION = True
 
-CAPABILITIES = ((9, 0), (10, 0), (10, 3))  # GPUs for which torch's grouped FP8 product has kernels (torch 2.13)
+# Hopper. Later GPUs lack a grouped product of rowwise FP8, or have one that traps (torch 2.13, pytorch/pytorch#187095).
+CAPABILITY = (9, 0)
 
 
 @torch.library.custom_op("moelab::scaled_matmul", mutates_args=())
@@ -69,9 +70,9 @@ def refuse_fp8(config: FP8Config, on_gpu: bool, bf16: bool) -> None:
     if not bf16:
         raise ConfigError("run.fp8.enabled=true on a GPU needs bf16.enabled=true: its products are written in bf16.")
     capability = torch.cuda.get_device_capability()
-    if capability not in CAPABILITIES:
+    if capability != CAPABILITY:
         raise ConfigError(
             f"run.fp8.enabled=true: {torch.cuda.get_device_name()} has compute capability "
-            f"{'.'.join(map(str, capability))}, and torch's grouped FP8 product is for "
-            f"{', '.join('.'.join(map(str, each)) for each in CAPABILITIES)} (H100, H200, B200, B300). Use bf16."
+            f"{'.'.join(map(str, capability))}, and torch's FP8 products with a scale for every row are for "
+            f"{'.'.join(map(str, CAPABILITY))} (H100, H200, H800). Remove run.fp8."
         )
