@@ -98,8 +98,8 @@ class WeightedSum(torch.autograd.Function):
         return grad_of_rows, dots_with_rows(grad, rows, row_of_route).to(gates.dtype), None, None
 
 
-# On the CPU torch has a kernel for each of the two that follow, under another name; the formulas take ten times as long
-# there. Inductor makes one kernel of a formula, a GPU without it several, with [T, K, D] between them.
+# On the CPU torch has a kernel for each of the two that follow, under another name; the formulas take several times as
+# long there (LOG.md). Inductor makes one kernel of a formula, a GPU without it several, with [T, K, D] between them.
 
 
 def by_formula(tensor: Tensor) -> bool:
