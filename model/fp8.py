@@ -308,9 +308,11 @@ class FP8Head(Head):
             return super().forward(x, targets)
         x, targets = x.flatten(0, -2), targets.flatten()
         if self.cross_entropy is chunked:
-            products = FP8Products(self.weight.detach(), self.fp8_weights["weight"].get(), self.quantize)
-            return chunked(x, self.weight, targets, self.softcap, products)
+            return chunked(x, self.weight, targets, self.softcap, self.products())
         return plain(x, self.weight, targets, self.softcap, self.linear)
+
+    def products(self) -> Products:
+        return FP8Products(self.weight.detach(), self.fp8_weights["weight"].get(), self.quantize)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return in_whole_rows(

@@ -70,7 +70,7 @@ def test_stacks_are_multiplied(rows: int) -> None:
     check_product(random(L, rows, D), random(L, F, D, seed=1), None)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 15, 16, 17, 300), (64, 0, 0, 64), (0, 0, 0, 5)])
+@pytest.mark.parametrize("sizes", [(0, 1, 15, 16, 17, 300), (64, 0, 0, 64), (0, 0, 0, 5), (0, 0)])
 def test_groups_of_any_size_are_multiplied(sizes: tuple[int, ...]) -> None:
     ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
     check_product(random(int(ends[-1]), D), random(len(sizes), F, D, seed=1), ends)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 
+from model import fp8
 from model.experts import StackedExperts, activate
 from model.fp8 import FP8Linear, TorchaoExperts, recipe_config
 from model.fp8_casts import quantize_rows
@@ -144,6 +145,21 @@ def test_the_rowwise_recipe_is_torchaos_in_all_three_products(rows_each: int) ->
         theirs = {"y": y.detach(), "dx": x.grad, "dw1": first.weight.grad, "dw2": second.weight.grad}
         for name, value in theirs.items():
             assert relative(found[name][expert], value) < 1e-5, name
+
+
+def test_torchaos_operator_is_only_given_multiples_of_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient of the weight sums over the rows in FP8, and Hopper's FP8 products sum over multiples of 16."""
+    given = []
+
+    class Spy:
+        @staticmethod
+        def apply(rows: Tensor, weight: Tensor) -> Tensor:
+            given.append(rows.shape[1])
+            return rows @ weight.mT
+
+    monkeypatch.setattr(fp8, "RowwiseLinear", Spy)
+    y = take_over(TorchaoExperts, stacked())(random(L, 17, D))
+    assert (given, y.shape, y.is_contiguous()) == ([32, 32], (L, 17, D), True)
 
 
 # --- error ----------------------------------------------------------------------------------------------------------
