@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_recompute import Watch
 from torch import Tensor
 
 from launch.run_config import REPO_ROOT, load_run
@@ -179,6 +180,19 @@ def test_activation_checkpointing_changes_nothing(how: str) -> None:
     assert results[0][0] == results[1][0]
     for name, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][name]), name
+
+
+def test_selective_checkpointing_keeps_the_products_and_block_repeats_them() -> None:
+    """Two forwards and two backwards in each of two layers."""
+
+    def products(how: str) -> int:
+        model = build(f"run.train.activation_checkpointing={how}")
+        convert(model)
+        with Watch() as watch:
+            one_pass(model, tokens())
+        return watch.counts["moelab.scaled_matmul.default"]
+
+    assert [products(how) for how in ("none", "selective", "block")] == [8, 8, 12]
 
 
 @pytest.mark.parametrize("recipe", ["rowwise_with_gw_hp", "rowwise", "tensorwise"])
