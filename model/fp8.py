@@ -55,7 +55,7 @@ class Matrix:
     name: str
     count: int  # matrices, over all expert-parallel ranks
     shape: tuple[int, int]  # outputs, inputs
-    skipped: str | None  # why it stays in bf16; None: converted
+    skipped: str | None  # why it stays as it is; None: converted
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Conversion:
         grouped: dict[tuple[str, tuple[int, int], str], int] = {}
         for each in self.matrices:
             name = ".".join("*" if part.isdigit() else part for part in each.name.split("."))
-            key = (name, each.shape, f"bf16: {each.skipped}" if each.skipped else "FP8")
+            key = (name, each.shape, f"not FP8: {each.skipped}" if each.skipped else "FP8")
             grouped[key] = grouped.get(key, 0) + each.count
         lines += [f"  {count:5} {name} [{n} x {k}]  {fate}" for (name, (n, k), fate), count in grouped.items()]
         return "\n".join(lines)
@@ -170,7 +170,7 @@ def why_not(shapes: list[tuple[int, int]], config: FP8Config) -> str | None:
 def describe(config: FP8Config, emulate: bool) -> str:
     product = "dequantised, multiplied in fp32 (no FP8 products on this device)" if emulate else "torch's FP8 products"
     casts = f", experts' casts: {config.casts}" if config.experts else ""
-    return f"torchao {torchao.__version__}, {config.recipe}{casts}, {product}; validation in bf16"
+    return f"torchao {torchao.__version__}, {config.recipe}{casts}, {product}; validation without FP8"
 
 
 # --- experts --------------------------------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ def test_without_experts_49_matrices_of_the_seeds_model_are_converted_and_210_ar
     conversion = convert(seed_model, experts=False, dense=True, lm_head=True)
     assert (conversion.converted, conversion.skipped) == (49, 210)
     text = conversion.text()
-    assert "  192 blocks.*.mlp.deepspeed_moe.experts [1536 x 768]  bf16: run.fp8.experts is false" in text
-    assert "   12 blocks.*.mlp.deepspeed_moe.gate.wg [8 x 768]  bf16: the router is fp32" in text
-    assert "    6 blocks.*.attention.value_gate [12 x 32]  bf16: 12 outputs, not a multiple of 16" in text
+    assert "  192 blocks.*.mlp.deepspeed_moe.experts [1536 x 768]  not FP8: run.fp8.experts is false" in text
+    assert "   12 blocks.*.mlp.deepspeed_moe.gate.wg [8 x 768]  not FP8: the router is fp32" in text
+    assert "    6 blocks.*.attention.value_gate [12 x 32]  not FP8: 12 outputs, not a multiple of 16" in text
 
 
 @pytest.mark.parametrize("backend", ["bmm", "loop"])
