@@ -95,7 +95,7 @@ class WeightedSum(torch.autograd.Function):
         token_of_row = route_of_row // gates.shape[1]  # T for an empty row
         gate_of_row = F.pad(gates.flatten(), (0, 1)).index_select(0, route_of_row)
         grad_of_rows = sum_of_rows(grad, token_of_row.unsqueeze(1), gate_of_row.unsqueeze(1))
-        return grad_of_rows, dots_with_rows(grad, rows, row_of_route).to(gates.dtype), None, None
+        return grad_of_rows, in_type(dots_with_rows(grad, rows, row_of_route), gates.dtype), None, None
 
 
 # On the CPU torch has a kernel for each of the two that follow, under another name; the formulas take several times as
@@ -104,6 +104,12 @@ class WeightedSum(torch.autograd.Function):
 
 def by_formula(tensor: Tensor) -> bool:
     return tensor.is_cuda or torch.compiler.is_compiling()
+
+
+def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype) where that does something. torch 2.11 compiles an autograd.Function whose forward pass ends with
+    a cast to the type that is there already so that all its gradients are zero; 2.13 does not."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
@@ -117,7 +123,7 @@ def sum_of_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = N
     weights_TK, index_TK = weights_TK.to(rows_ND.dtype), index_TK.clamp(max=N - 1)
     if by_formula(rows_ND):
         precise = torch.promote_types(rows_ND.dtype, torch.float32)
-        return (rows_ND[index_TK].to(precise) * weights_TK.unsqueeze(-1)).sum(1).to(rows_ND.dtype)
+        return in_type((rows_ND[index_TK].to(precise) * weights_TK.unsqueeze(-1)).sum(1), rows_ND.dtype)
     return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
 
 
