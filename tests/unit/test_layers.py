@@ -47,7 +47,8 @@ DOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepspeed.moe.layer", ("model/moe.py", "tools/bench_moe/blocks.py")),  # the latter as a peer
     ("deepspeed.moe", ("model/moe.py", "model/router.py")),
     ("deepspeed", ("train.py", "model/checkpoint.py", "model/moe.py", "model/router.py", "model/optim.py")),
-    ("torchao", ("model/fp8.py",)),
+    ("torchao", ("model/fp8.py", "model/fp8_casts.py")),
+    ("triton", ("model/fp8_kernels.py",)),
     ("liger_kernel", ("model/loss.py",)),
     ("pynvml", ("launch/gpu_monitor.py",)),
     ("wandb", ("launch/run_log.py", "tools/compare_runs.py")),
@@ -154,6 +155,7 @@ def test_an_init_file_is_empty(path: Path) -> None:
         ("model/x.py", "from os import getenv", "os.getenv"),
         ("model/x.py", "import argparse", "argparse"),
         ("model/x.py", "import torchao.float8", "torchao.float8"),
+        ("model/fp8_casts.py", "import triton.language as tl", "triton.language"),
         ("model/config.py", "import numpy as np", "numpy"),
         ("model/flops.py", "from model.gpt import GPT", "model.gpt.GPT"),
         ("model/checkpoint.py", "import deepspeed\ndeepspeed.moe.layer.MoE", "deepspeed.moe.layer.MoE"),
