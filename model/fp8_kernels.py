@@ -61,7 +61,9 @@ def multiplier_and_scale(bits):
 
 @triton.jit
 def clamped(v):
-    """NaN stays: it compares false. (A min or max would drop it, or be what the bug above wants.)"""
+    """By its scale no value is out of range, but for one that a second pass over a long row might round otherwise than
+    the first: it must not become NaN. A value that is NaN stays, it compares false (a min or max would drop it).
+    """
     v = tl.where(v > 448.0, 448.0, v)
     return tl.where(v < -448.0, -448.0, v)
 

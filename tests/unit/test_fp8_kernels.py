@@ -307,11 +307,13 @@ def test_on_hopper_every_kernel_moves_16_bytes_a_time_and_never_fp8_between_thre
         moved = re.findall(r"ttg\.convert_layout .*? : tensor<(\S+?),", ttgir)
         assert not [one for one in moved if re.search(r"x(f8|i8)", one)], moved  # triton-lang/triton#11111
         assert ".NaN" not in ptx
+        if writes_tiles := constants.get("values", 0) is not None:
+            assert {"0f43E00000", "0fC3E00000"} <= set(re.findall(r"\b0f[0-9A-F]{8}", ptx))  # clamped to +-448
+            assert set(re.findall(r"cvt\S*e4m3\S*", ptx)) == {"cvt.rn.satfinite.e4m3x2.f32"}
         if "turned" in signature:  # tensors may have more than 2^31 elements
             assert set(re.findall(r"tt\.addptr .* tensor<\d+x\d+x(i\d+),", ttgir)) == {"i64"}
         else:
             assert all("i64" in product for product in re.findall(r"arith\.muli .* : (\S+)", ttgir))
-        writes_tiles = constants.get("values", 0) is not None
         for direction in ("ld", "st") if writes_tiles else ("ld",):
             accesses = re.findall(rf"\b{direction}\.global\S*", ptx)
             assert f"{direction}.global.v4.b32" in accesses
