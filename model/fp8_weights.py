@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+Quantize = Callable[[Tensor], tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
 Copies = tuple[Tensor, Tensor, Tensor, Tensor]  # forward: values, scales; for the gradient of the input: values, scales
 
 
@@ -23,7 +24,8 @@ class FP8Weights:
         compiled: compile it.
     """
 
-    def __init__(self, quantize: Callable[[Tensor], tuple[tuple[Tensor, Tensor], ...]], compiled: bool) -> None:
+    def __init__(self, quantize: Quantize, compiled: bool) -> None:
+        self.plain = quantize
         self.quantize = torch.compile(quantize, dynamic=False) if compiled else quantize
         self.copies: Copies | None = None
 
@@ -34,8 +36,15 @@ class FP8Weights:
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        new = self._quantized(weight)
+        """Raises RuntimeError if the copies are the first ones and compiled, and are not what the plain casts give."""
+        new = self._quantized(weight, self.quantize)
         if self.copies is None or self.copies[0].device != weight.device:
+            if self.quantize is not self.plain and not same_bits(new, self._quantized(weight, self.plain)):
+                # Triton 3.6 and 3.7 can lose bytes of FP8 that are written transposed (triton-lang/triton#11111).
+                raise RuntimeError(
+                    "compiled, the casts of weights to FP8 give other bits than uncompiled ones, so this torch or "
+                    "Triton compiles them wrongly. Use run.compile.mode='none', or run.fp8.casts='triton'."
+                )
             self.copies = new
             return
         for copy, values in zip(self.copies, new, strict=True):
@@ -44,18 +53,19 @@ class FP8Weights:
     @torch.no_grad()
     def is_fresh(self, weight: Tensor) -> bool:
         """Whether the copies are those of `weight`, bit for bit. The host waits for the device."""
-        return self.copies is not None and all(
-            torch.equal(copy.view(torch.uint8), values.view(torch.uint8))
-            for copy, values in zip(self.copies, self._quantized(weight), strict=True)
-        )
+        return self.copies is not None and same_bits(self.copies, self._quantized(weight, self.quantize))
 
-    def _quantized(self, weight: Tensor) -> Copies:
+    def _quantized(self, weight: Tensor, quantize: Quantize) -> Copies:
         weight = weight.detach()
         if weight.ndim == 3:
-            forward, backward = self.quantize(weight)
+            forward, backward = quantize(weight)
             return *forward, *backward
-        forward, backward = self.quantize(weight.unsqueeze(0))
+        forward, backward = quantize(weight.unsqueeze(0))
         return forward[0][0], forward[1][0], backward[0][0], backward[1][0]
+
+
+def same_bits(first: Copies, second: Copies) -> bool:
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
 
 
 def with_copies(model: nn.Module) -> Iterator[tuple[str, FP8Weights, Tensor]]:

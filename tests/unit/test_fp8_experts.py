@@ -305,6 +305,23 @@ def test_a_forward_pass_before_the_first_refresh_says_what_to_call() -> None:
         FP8Experts.of(stacked(), "torch", compiled=False)(random(L, M, D))
 
 
+def test_casts_that_compile_to_something_else_are_caught_when_they_are_first_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def miscompiled(quantize: Any, dynamic: bool) -> Any:
+        def wrong(weight: Tensor) -> Any:
+            forward, backward = quantize(weight)
+            backward.values.view(torch.uint8)[0, 3, 5] ^= 1
+            return forward, backward
+
+        return wrong
+
+    FP8Experts.of(stacked(), "torch", compiled=True).refresh()
+    monkeypatch.setattr(torch, "compile", miscompiled)
+    with pytest.raises(RuntimeError, match=r"compiles them wrongly. Use run.compile.mode='none'"):
+        FP8Experts.of(stacked(), "torch", compiled=True).refresh()
+
+
 def test_loading_a_state_dict_refreshes_and_its_names_are_those_of_bf16_experts() -> None:
     plain, converted = stacked(), in_fp8(stacked())
     assert list(plain.state_dict()) == list(converted.state_dict())
