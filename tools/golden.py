@@ -36,6 +36,7 @@ COMMON = ("run.train.num_steps=8", "run.train.eval_every=4", "run.launch.num_gpu
 CASES = {  # changes to BASE, as --set takes them
     "moe": (),
     "moe_bf16": ("bf16.enabled=true",),
+    "moe_fp8": ("run.fp8.enabled=true", "run.fp8.dense=true", "run.fp8.lm_head=true"),
     "moe_top1": ("run.model.moe.top_k=1", "run.model.moe.capacity_factor=1.0"),
     "moe_dropless": ("run.model.moe.capacity_factor=0", "run.model.moe.aux_loss_coeff=0.5"),
     "dense": (
