@@ -14,6 +14,7 @@ they were at. parts.py says what is measured in which order, targets.py what it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import fnmatch
 import shlex
@@ -22,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -50,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         refuse(args)
         results = Results(args.out, arguments, args.minutes, args.dry_run)
         deadline = begun + 60 * args.minutes - RESERVE_S
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
-        with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as work:
+        with (
+            interruptible(),
+            tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as work,
+        ):
             return check(parts, results, Path(work), deadline)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
@@ -87,7 +90,7 @@ def run_part(part: Part, seconds: float, results: Results, work: Path) -> None:
     begun = time.monotonic()
     results.begin(part, seconds)
     print(f"{part.name}: up to {max(0.0, seconds):.0f} s", flush=True)
-    watch = Watch(part, results.dry_run, work, results.out / "logs", results.save_now_and_then)
+    watch = Watch(part, results.dry_run, work, results.out / "logs", results.save_if_due)
     try:
         watch.run(results.cases(part), begun + seconds)
     finally:
@@ -96,10 +99,21 @@ def run_part(part: Part, seconds: float, results: Results, work: Path) -> None:
         print(f"  {line}", flush=True)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # once is enough: what follows ends processes and writes
-    raise Interrupted(signal.Signals(number).name)
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted, once: what follows ends processes and writes, undisturbed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

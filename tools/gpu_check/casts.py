@@ -10,24 +10,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import fp8_casts
-from model.config import FP8Config
 from model.dispatch import sum_of_rows
-from model.fp8 import apply_fp8
 from model.fp8_casts import Quantized, quantize_rows
-from tools.gpu_check.child import FAULTS, Context, Row, in_one_line
-from tools.gpu_check.gemms import draw
+from tools.gpu_check.child import Context, Row, faults, in_one_line, without_triton_casts
+from tools.gpu_check.gemms import draw, patch_inductor
 from tools.gpu_check.shapes import Shape, shape_named
 from tools.gpu_check.timing import Step, figures, measure, speed_over
 
 ROTATE_OVER = 256 * 2**20  # bytes; H200's L2 has 50 MB
 COPY_BYTES = 2**30
+BASE = "torch, compiled"
 
 Inputs = tuple[Any, ...]
 Cast = Callable[..., Any]
@@ -40,29 +38,13 @@ def gather_quantize(x: Tensor, index: Tensor, weights: Tensor | None = None) -> 
 
 
 def casts(case: str, context: Context) -> None:
+    """Rows of one cast at one shape, and of a device copy in the same process."""
+    name, _, cast = case.partition(" ")
+    shape = shape_named(name, context.dry_run)
+    torch.compiler.reset()  # dynamo's limit on recompiling is one for all shapes
     patch_inductor(context)
-    shape = shape_named(case, context.dry_run)
-    triton, absent = triton_casts()
-    copied = copy_bandwidth(context)
-    for (
-        name,
-        make,
-        moved,
-    ) in casts_of(shape, context):
-        measure_cast(name, make, moved, shape, context, (triton, absent), copied)
-
-
-def patch_inductor(context: Context) -> None:
-    """As a run does it before it compiles casts: apply_fp8 patches inductor, and there is nothing else to convert."""
-    apply_fp8(nn.Module(), FP8Config(enabled=True), emulate=context.dry_run, compiled=not context.dry_run)
-
-
-def triton_casts() -> tuple[ModuleType | None, str]:
-    """model/fp8_kernels.py, or why it is not measured."""
-    try:
-        return importlib.import_module("model.fp8_kernels"), ""
-    except ImportError as error:
-        return None, in_one_line(error)
+    inputs, moved = inputs_of(cast, shape, context)
+    measure_cast(cast, inputs, moved, {"what": cast, "shape": str(shape)}, copy_bandwidth(context), context)
 
 
 def copy_bandwidth(context: Context) -> float | None:
@@ -76,64 +58,63 @@ def copy_bandwidth(context: Context) -> float | None:
     return row.get("gb_per_s")
 
 
-def casts_of(shape: Shape, context: Context) -> list[tuple[str, Callable[[], Inputs], int]]:
-    """Name, a maker of inputs, and bytes to be moved: bf16 has 2 for a number, FP8 1, a scale 4."""
+def inputs_of(cast: str, shape: Shape, context: Context) -> tuple[Inputs, int]:
+    """A cast's inputs, and the bytes to be moved: bf16 has 2 for a number, FP8 1, a scale 4, an index 8, a gate 4."""
     E, C, K, N = shape
     R = E * C
-    T, top = R // 2, 2  # tokens of a block with two choices for each
-    index = torch.randperm(R, device=context.device) // top
-    gates = torch.rand(R, device=context.device)
-    small, wide = (lambda: draw(context, R, K)), (lambda: draw(context, R, N))
-    return [
-        ("quantize_rows of x, or of dy", lambda: (small(),), R * (3 * K + 4)),
-        ("gather_quantize of x", lambda: (draw(context, T, K), index), T * 2 * K + R * (3 * K + 4 + 8)),
-        ("gather_quantize of dy, weighted", lambda: (draw(context, T, K), index, gates), T * 2 * K + R * (3 * K + 16)),
-        ("activate_quantize relu2", lambda: (wide(), "relu2"), R * (5 * N + 4)),
-        ("relu2_backward_quantize", lambda: (wide(), wide().square()), R * (7 * N + 4)),
-        ("activate_quantize swiglu", lambda: (draw(context, R, 2 * N), "swiglu"), R * (7 * N + 4)),
-        ("swiglu_backward_quantize", lambda: (wide(), draw(context, R, 2 * N)), R * (14 * N + 4)),
-        ("quantize_weights", lambda: (draw(context, E, N, K),), E * (4 * N * K + 4 * (N + K))),
-    ]
+    T, top_k = R // 2, 2
+    match cast:
+        case "quantize_rows x":  # or dy, which has the same shape
+            return (draw(context, R, K),), R * (3 * K + 4)
+        case "gather_quantize x":
+            index = torch.randperm(R, device=context.device) // top_k
+            return (draw(context, T, K), index), T * 2 * K + R * (3 * K + 4 + 8)
+        case "gather_quantize dy":  # weighted by the gates
+            index = torch.randperm(R, device=context.device) // top_k
+            gates = torch.rand(R, device=context.device)
+            return (draw(context, T, K), index, gates), T * 2 * K + R * (3 * K + 4 + 8 + 4)
+        case "activate_quantize relu2":
+            return (draw(context, R, N), "relu2"), R * (5 * N + 4)
+        case "relu2_backward_quantize":
+            return (draw(context, R, N), draw(context, R, N).square()), R * (7 * N + 4)
+        case "activate_quantize swiglu":
+            return (draw(context, R, 2 * N), "swiglu"), R * (7 * N + 4)
+        case "swiglu_backward_quantize":
+            return (draw(context, R, N), draw(context, R, 2 * N)), R * (14 * N + 4)
+    assert cast == "quantize_weights", cast
+    return (draw(context, E, N, K),), E * (4 * N * K + 4 * (N + K))
 
 
-def measure_cast(
-    name: str,
-    make: Callable[[], Inputs],
-    moved: int,
-    shape: Shape,
-    context: Context,
-    triton: tuple[ModuleType | None, str],
-    copied: float | None,
-) -> None:
-    """Rows of one cast, and of whether both give the same bytes as the plain torch form."""
-    function = name.split()[0]
+def measure_cast(cast: str, inputs: Inputs, moved: int, head: Row, copied: float | None, context: Context) -> None:
+    """Its implementations in turn, and whether they give the same bytes as the plain torch form."""
+    function = cast.split()[0]
     plain: Cast = gather_quantize if function == "gather_quantize" else getattr(fp8_casts, function)
-    compiled: Cast = plain if context.dry_run else torch.compile(plain, dynamic=False)
-    inputs = make()
+    implementations: dict[str, Cast] = {BASE: plain if context.dry_run else torch.compile(plain, dynamic=False)}
+    absent = without_triton_casts(context.dry_run)
+    if absent is None:
+        try:
+            implementations["triton"] = getattr(importlib.import_module("model.fp8_kernels"), function)
+        except faults() as fault:
+            absent = in_one_line(fault)
+    if absent is not None:
+        context.add({**head, "implementation": "triton", "absent": absent})
     size = sum(each.nbytes for each in inputs if isinstance(each, Tensor))
-    copies = [inputs, *(tuple(clone(each) for each in inputs) for _ in range(math.ceil(ROTATE_OVER / size) - 1))]
-    if context.dry_run:
-        copies = copies[:1]
-    implementations: dict[str, Cast] = {"torch, compiled": compiled}
-    head = {"what": name, "shape": str(shape), "input_copies": len(copies)}
-    module, absent = triton
-    if module is not None and hasattr(module, function):
-        implementations["triton"] = getattr(module, function)
-    else:
-        context.add({**head, "implementation": "triton", "absent": absent or f"no {function} in model/fp8_kernels.py"})
-    steps: dict[str, Step] = {}
-    for implementation, cast in implementations.items():
-        steps[implementation] = partial(on_the_next, cast, itertools.cycle(copies))
+    more = 0 if context.dry_run else math.ceil(ROTATE_OVER / size) - 1
+    copies = [inputs, *(tuple(clone(each) for each in inputs) for _ in range(more))]
+    steps: dict[str, Step] = {
+        name: partial(on_the_next, implementation, itertools.cycle(copies))
+        for name, implementation in implementations.items()
+    }
     measured = measure(steps, context.device, hide_launches=True)
-    for implementation, series in measured.items():
-        row: Row = {**head, "implementation": implementation, **figures(series, True, moved_bytes=moved)}
+    for name, series in measured.items():
+        row: Row = {**head, "implementation": name, "input_copies": len(copies)}
+        row |= figures(series, True, moved_bytes=moved)
         if copied is not None and "gb_per_s" in row:
             row["share_of_copy"] = row["gb_per_s"] / copied
         if series.error is None:
-            row |= compare(implementations[implementation], plain, inputs)
-            row["first_call_s"] = series.first_call_s
-        if implementation != "torch, compiled":
-            row["speed_over_torch"] = speed_over(series, measured["torch, compiled"])
+            row |= compare(implementations[name], plain, inputs) | {"first_call_s": series.first_call_s}
+        if name != BASE:
+            row["speed_over_torch"] = speed_over(series, measured[BASE])
         context.add(row)
 
 
@@ -149,7 +130,7 @@ def compare(cast: Cast, plain: Cast, inputs: Inputs) -> Row:
     """How many bytes of the outputs differ from those of the plain form."""
     try:
         pairs = list(zip(flat(cast(*inputs)), flat(plain(*inputs)), strict=True))
-    except FAULTS as fault:  # the plain form needs more memory than the compiled one
+    except faults() as fault:  # the plain form needs more memory than the compiled one
         return {"bytes": f"not compared: {in_one_line(fault)}"}
     different = sum(int((a.view(torch.uint8) != b.view(torch.uint8)).sum()) for a, b in pairs)
     return {"bytes": "equal to plain torch's" if not different else f"{different} differ from plain torch's",

@@ -13,10 +13,12 @@ import argparse
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,7 +34,7 @@ DRY = "dry run, no measurement"
 
 # What measured code raises when it cannot be built or run. Anything else ends the process, and the next takes over.
 FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-          TypeError, ValueError)  # fmt: skip
+          TypeError, ValueError, subprocess.SubprocessError)  # fmt: skip
 
 # Keys of rows that a dry run must not show: what they hold is measured on a GPU or not at all.
 MEASURED = frozenset(
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
             try:
                 run_case(case, Context(args.dry_run, Path(args.work), Path(args.logs), add))
-            except FAULTS as fault:
+            except faults() as fault:
                 traceback.print_exc()
                 tell(case, "failed", why=in_one_line(fault))
                 if not device_answers():
@@ -109,6 +111,19 @@ def presentable(row: Row, dry_run: bool) -> Row:
     if dry_run:
         row = {name: value for name, value in row.items() if name not in MEASURED} | {"note": DRY}
     return {name: finite(value) for name, value in row.items() if value is not None}
+
+
+def faults() -> tuple[type[BaseException], ...]:
+    """FAULTS, and Triton's own where it is loaded."""
+    triton = sys.modules.get("triton.errors")
+    return FAULTS if triton is None else (*FAULTS, triton.TritonError)
+
+
+def without_triton_casts(dry_run: bool) -> str | None:
+    """Why FP8 experts with Triton's casts are not to be measured; None if they are."""
+    if dry_run:
+        return "Triton kernels are for GPUs"
+    return None if importlib.util.find_spec("model.fp8_kernels") else "there is no model/fp8_kernels.py"
 
 
 def finite(value: Any) -> Any:

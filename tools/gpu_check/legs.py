@@ -18,7 +18,7 @@ from launch.run_config import REPO_ROOT, load_run
 from launch.run_dir import read_summary
 from model.data import builtin_dir
 from model.flops import mfu_percent
-from tools.gpu_check.child import Context, Row
+from tools.gpu_check.child import Context, Row, without_triton_casts
 from tools.gpu_check.programs import last_line, run_program
 
 CONFIGS = REPO_ROOT / "ds_configs"
@@ -79,29 +79,50 @@ LEGS = {
         ('run.fp8={"enabled": true, "recipe": "tensorwise"}', "run.model.moe.expert_backend=loop"),
     ),
 }
+BATCH = {"steps": 64, "loss": 16, "profile": 64}  # sequences: 4 micro-steps, or one
 DRY_ASSIGNMENTS = ("bf16.enabled=true", "run.launch.num_gpus=1")  # to moe_tiny.json
 
 
 def steps(case: str, context: Context) -> None:
     """How fast a leg's steps are, from the times of each of them."""
-    last = WARM_UP + 3 if context.dry_run else WARM_UP + SETTLING + BLOCK_STEPS * BLOCKS
-    settings = [f"run.train.stop_at_step={last}", "run.train.eval_every=null", "run.data.val=none"]
-    leg_of(case, "train_batch_size=64", settings, context).report_speed(0 if context.dry_run else SETTLING)
+    if leg := finished("steps", case, context):
+        leg.report_speed(0 if context.dry_run else SETTLING)
 
 
 def loss(case: str, context: Context) -> None:
-    """What a leg learns in 300 steps of one micro-batch each."""
-    count = 6 if context.dry_run else LOSS_STEPS
-    settings = [f"run.train.num_steps={count}", "run.train.log_every=1", "run.train.sample_tokens=0"]
-    settings += ["run.train.eval_every=null"]
-    leg_of(case, "train_batch_size=16", settings, context).report_loss()
+    """What a leg learns in LOSS_STEPS steps of one micro-batch each."""
+    if leg := finished("loss", case, context):
+        leg.report_loss()
 
 
 def profile(case: str, context: Context) -> None:
     """The time of a leg's steps by part."""
-    settings = [f"run.train.profile_steps={PROFILED}", f"run.train.stop_at_step={WARM_UP + PROFILED + 1}"]
-    settings += ["run.train.eval_every=null", "run.data.val=none"]
-    leg_of(case, "train_batch_size=64", settings, context).report_profile()
+    if leg := finished("profile", case, context):
+        leg.report_profile()
+
+
+def run_of(part: str, case: str, dry_run: bool) -> tuple[Path, list[str]]:
+    """Run file and changes to it of a leg in a part."""
+    leg = LEGS[case]
+    config = CONFIGS / ("moe_tiny.json" if dry_run else leg.config)
+    assignments = list(DRY_ASSIGNMENTS) if dry_run else [f"train_batch_size={BATCH[part]}", "run.launch.num_gpus=1"]
+    assignments += [*leg.assignments, f"run.data.train={data_of(config, dry_run)}", "run.train.eval_every=null"]
+    if part == "loss":
+        count = WARM_UP + 3 if dry_run else LOSS_STEPS
+        assignments += [f"run.train.num_steps={count}", "run.train.log_every=1", "run.train.sample_tokens=0"]
+    else:
+        timed = 3 if dry_run else SETTLING + BLOCK_STEPS * BLOCKS
+        last = WARM_UP + (timed if part == "steps" else PROFILED + 1)
+        assignments += [f"run.train.stop_at_step={last}", "run.data.val=none"]
+    if part == "profile":
+        assignments += [f"run.train.profile_steps={PROFILED}"]
+    return config, [*assignments, "run.wandb.mode=disabled"]
+
+
+def data_of(config: Path, dry_run: bool) -> str:
+    """The built-in text if it lies prepared, else synthetic tokens."""
+    vocab_size = load_run(config).model.vocab_size
+    return "builtin" if not dry_run and (builtin_dir(vocab_size) / "manifest.json").is_file() else "synthetic"
 
 
 class Finished:
@@ -169,21 +190,22 @@ class Finished:
         shutil.copy(self.run_dir / "profile" / "table.md", self.context.logs / f"profile_{self.case}.md")
 
 
-def leg_of(case: str, batch: str, settings: list[str], context: Context) -> Finished:
-    """Run a leg in a fresh folder. Raises RuntimeError if it does not get to its last step."""
-    leg = LEGS[case]
-    config = CONFIGS / ("moe_tiny.json" if context.dry_run else leg.config)
-    assignments = [*(DRY_ASSIGNMENTS if context.dry_run else (batch, "run.launch.num_gpus=1")), *leg.assignments]
-    data = data_of(config, context.dry_run)
-    assignments += [*settings, f"run.data.train={data}", "run.wandb.mode=disabled"]
-    run_dir, printed = context.work / f"run_{case}", context.logs / f"{context.work.name}_{case}.txt"
+def finished(part: str, case: str, context: Context) -> Finished | None:
+    """Run a leg in a fresh folder; None if a row says why not. Raises RuntimeError if it fails."""
+    if "triton" in case and (why := without_triton_casts(context.dry_run)):
+        context.add({"what": case, "absent": why})
+        return None
+    config, assignments = run_of(part, case, context.dry_run)
+    run_dir, printed = context.work / f"run_{case}", context.logs / f"{part}_{case}.txt"
     shutil.rmtree(run_dir, ignore_errors=True)
     # Compiled code is kept for legs of a kind, or the minutes would go to compiling; the first of each compiles all.
-    cache = context.work.parent / f"inductor_legs_{'fp8' if any('fp8' in each for each in leg.assignments) else 'bf16'}"
+    kind = "fp8" if any("run.fp8" in each for each in assignments) else "bf16"
+    cache = context.work.parent / f"inductor_legs_{kind}"
     cold = not cache.is_dir()
     command = [sys.executable, "-m", "tools.gpu_check.leg", "--config", str(config), "--run_dir", str(run_dir)]
     launched = datetime.now(UTC)
     code = run_program([*command, "--set", *assignments], printed, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    cache.mkdir(exist_ok=True)
     summary = read_summary(run_dir)
     if summary is None or summary["status"] not in ("completed", "stopped"):
         why = f"{summary['status']}: {summary['reason']}" if summary else last_line(printed)
@@ -191,13 +213,7 @@ def leg_of(case: str, batch: str, settings: list[str], context: Context) -> Fini
     facts = {
         "config": str(config.relative_to(REPO_ROOT)),
         "set": assignments,
-        "data": data,
+        "data": summary["data"],
         "inductor_cache": "empty" if cold else "warm",
     }
     return Finished(case, run_dir, facts, launched, context)
-
-
-def data_of(config: Path, dry_run: bool) -> str:
-    """The built-in text if it lies prepared, else synthetic tokens."""
-    vocab_size = load_run(config).model.vocab_size
-    return "builtin" if not dry_run and (builtin_dir(vocab_size) / "manifest.json").is_file() else "synthetic"

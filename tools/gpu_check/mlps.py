@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from model.experts import LoopedExperts, StackedExperts
 from model.fp8 import TorchaoExperts, to_float8_linear
 from model.fp8_experts import FP8Experts, take_over
-from tools.gpu_check.casts import patch_inductor
-from tools.gpu_check.child import FAULTS, Context, Row, device_answers, in_one_line
-from tools.gpu_check.gemms import draw
+from tools.gpu_check.child import Context, Row, device_answers, faults, in_one_line, without_triton_casts
+from tools.gpu_check.gemms import draw, patch_inductor
 from tools.gpu_check.shapes import Shape, shape_named
 from tools.gpu_check.timing import figures, measure, speed_over
 
@@ -30,18 +29,19 @@ KINDS = {
 def mlp(case: str, context: Context) -> None:
     name, _, group = case.partition(" ")
     shape = shape_named(name, context.dry_run)
+    torch.compiler.reset()  # dynamo's limit on recompiling is one for all modules
     patch_inductor(context)
     makers = makers_of(shape, context)
     rows, grad = draw(context, shape.E, shape.C, shape.K).requires_grad_(), draw(context, shape.E, shape.C, shape.K)
     steps: dict[str, Callable[[], None]] = {}
     notes: dict[str, Row] = {}
     for kind in KINDS[group]:
-        if context.dry_run and "triton" in kind:
-            notes[kind] = {"absent": "Triton kernels are for GPUs"}
+        if "triton" in kind and (why := without_triton_casts(context.dry_run)):
+            notes[kind] = {"absent": why}
             continue
         try:
             steps[kind] = step_of(makers[kind](), rows, grad, context)
-        except FAULTS as fault:
+        except faults() as fault:
             if not device_answers():
                 raise
             notes[kind] = {"error": in_one_line(fault)}

@@ -32,6 +32,15 @@ ACCURACY = (
     "accuracy 2d-3d groups 0,0,0",
     "accuracy 2d-3d groups 4096,3071,0,5121",
 )
+RELU2_CASTS = (  # those of the seed's experts; the first word is the function's name
+    "quantize_rows x",
+    "gather_quantize x",
+    "gather_quantize dy",
+    "activate_quantize relu2",
+    "relu2_backward_quantize",
+    "quantize_weights",
+)
+CASTS = (*RELU2_CASTS, "activate_quantize swiglu", "swiglu_backward_quantize")
 # First what targets ask for, then the other optimizer, noise, and the questions that the seed's experiment left open.
 STEP_CASES = (
     "bf16",
@@ -66,7 +75,7 @@ PARTS = (
     Part(
         "tests",
         "Tests on the GPU",
-        "tools.gpu_check.gpu:gpu_tests",
+        "tools.gpu_check.gpu_tests:gpu_tests",
         ("tests/gpu",),
         ("tests/gpu",),
         share=1.5,
@@ -92,7 +101,15 @@ PARTS = (
         share=1.5,
         case_limit_s=60,
     ),
-    Part("casts", "Casts", "tools.gpu_check.casts:casts", tuple(SHAPES), ("seed",), share=1.5, case_limit_s=90),
+    Part(
+        "casts",
+        "Casts",
+        "tools.gpu_check.casts:casts",
+        tuple(f"{shape} {cast}" for shape in SHAPES for cast in CASTS),
+        tuple(f"seed {cast}" for cast in CASTS),
+        share=1.5,
+        case_limit_s=60,
+    ),
     Part(
         "mlp",
         "Experts alone, forward and backward",

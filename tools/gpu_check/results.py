@@ -89,9 +89,12 @@ class Results:
         self.content["ended"] = utc_now()
         self.save()
 
-    def save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved_at > SAVE_EVERY_S:
+    def save_if_due(self) -> bool:
+        """Whether it was: not for every row of many that come at once."""
+        due = time.monotonic() - self.saved_at > SAVE_EVERY_S
+        if due:
             self.save()
+        return due
 
     def save(self) -> None:
         self.saved_at = time.monotonic()

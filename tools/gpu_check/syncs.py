@@ -11,15 +11,15 @@ from model.config import FP8Config, ModelConfig, MoEConfig
 from model.fp8 import apply_fp8
 from model.fp8_weights import refresh_fp8
 from model.gpt import GPT
-from tools.gpu_check.child import FAULTS, Context, Row, device_answers, in_one_line
+from tools.gpu_check.child import Context, Row, device_answers, faults, in_one_line, without_triton_casts
 
 BATCHES = 8  # of other data after the first two
 CAPACITIES = (1.0, 0.0)
 
 
 def sync(case: str, context: Context) -> None:
-    if context.dry_run and "triton" in case:
-        context.add({"what": case, "absent": "Triton kernels are for GPUs"})
+    if "triton" in case and (why := without_triton_casts(context.dry_run)):
+        context.add({"what": case, "absent": why})
         return
     for capacity in CAPACITIES[:1] if context.dry_run else CAPACITIES:
         one_block(case, capacity, context)
@@ -71,7 +71,7 @@ def one_block(case: str, capacity: float, context: Context) -> None:
         row |= {"waits": "none in forward and backward", "graphs": watch.graphs, "recompiles": watch.recompiles}
         if watch.recompiles:
             row["error"] = f"compiled again: {', '.join(watch.graphs)}"
-    except FAULTS as fault:
+    except faults() as fault:
         if not device_answers():
             raise
         row["error"] = in_one_line(fault)

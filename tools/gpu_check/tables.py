@@ -117,8 +117,12 @@ def shown(value: Any, digits: int | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        parts = value.get("parts_ms", {})
-        return ", ".join(f"{name} {ms:.2f}" for name, ms in parts.items())
+        tables = {"": "parts_ms", "; a micro-step uncompiled: ": "uncompiled_parts_ms"}
+        return "".join(
+            before + ", ".join(f"{name} {ms:.2f}" for name, ms in value[key].items())
+            for before, key in tables.items()
+            if key in value
+        )
     if isinstance(value, list):
         return str(len(value))
     return f"{value:,.{digits}f}" if isinstance(value, float) and digits is not None else str(value)

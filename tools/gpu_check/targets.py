@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from tools.gpu_check.parts import RELU2_CASTS
+
 Content = dict[str, Any]
 Row = dict[str, Any]
 DRY = "dry run, no measurement"
@@ -87,25 +89,15 @@ def speed_of(part: str, rows: dict[str, str], least: float, case: str) -> Callab
     return judge_it
 
 
-CASTS_OF_SEED = (
-    "quantize_rows of x, or of dy",
-    "gather_quantize of x",
-    "gather_quantize of dy, weighted",
-    "activate_quantize relu2",
-    "relu2_backward_quantize",
-    "quantize_weights",
-)
-
-
 def casts(content: Content) -> Judgement:
     """The slowest of the casts that the seed's experts need, each by its faster implementation."""
     fastest: dict[str, float] = {}
-    for what in CASTS_OF_SEED:
+    for what in RELU2_CASTS:
         found = []
         reasons = []
         for implementation in ("torch, compiled", "triton"):
             try:
-                row = row_of(content, "casts", "seed", what, implementation=implementation)
+                row = row_of(content, "casts", f"seed {what}", what, implementation=implementation)
                 found.append(number_of(row, "gb_per_s") / 1000)
             except NotMeasured as why:
                 reasons.append(str(why))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu_check.child import FAULTS, Row, device_answers, in_one_line
+from tools.gpu_check.child import Row, device_answers, faults, in_one_line
 
 WARM_UP, ITERATIONS, ROUNDS = 20, 20, 3
 WARM_UP_S = 1.0  # of what is slow fewer iterations warm up
@@ -63,7 +63,7 @@ def attempt(series: Series, action: Callable[[], None]) -> None:
     """A fault is the series'; one that takes the GPU away is the process's."""
     try:
         action()
-    except FAULTS as fault:
+    except faults() as fault:
         if not device_answers():
             raise
         series.error = in_one_line(fault)

@@ -31,8 +31,8 @@ Cases = dict[str, dict[str, Any]]  # by name: status, seconds, rows, and why whe
 class Watch:
     """How one part's processes are started and watched."""
 
-    def __init__(self, part: Part, dry_run: bool, work: Path, logs: Path, changed: Callable[[], None]) -> None:
-        self.part, self.dry_run, self.changed = part, dry_run, changed
+    def __init__(self, part: Part, dry_run: bool, work: Path, logs: Path, saved: Callable[[], bool]) -> None:
+        self.part, self.dry_run, self.saved = part, dry_run, saved
         self.work, self.logs = work / part.name, logs
         self.work.mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -58,28 +58,28 @@ class Watch:
                 for name in left:
                     settle(cases[name], "failed", why)
                 left.clear()
-            self.changed()
         for name in left:
             rows = " after these rows" if cases[name]["rows"] else ""
             settle(cases[name], "not reached", f"the time of the part ended{rows}")
-        self.changed()
 
     def _one_process(self, cases: Cases, left: list[str], deadline: float) -> str | None:
         """Listen to one process until it ends. Why it did not finish, "" if it did, None at the deadline."""
         self.events.write_text("")
         skipped = self.errors.stat().st_size if self.errors.exists() else 0
         with self._started(left) as process, open(self.events, encoding="utf-8") as events:
-            running, since, unread = False, time.monotonic(), ""
+            running, news, since, unread = False, False, time.monotonic(), ""
             while True:
                 ended = has_ended(process)  # before reading: what it told at last is read
                 *lines, unread = (unread + events.read()).split("\n")
-                for event in map(json.loads, lines):
+                for line in lines:
+                    event = json.loads(self.without_paths(line))
                     take(cases, event)
                     if event["event"] != "row":
                         running, since = event["event"] == "begun", time.monotonic()
-                    self.changed()
+                    news = True
+                news = news and not self.saved()
                 if ended:
-                    return self._why(process.wait(), skipped)
+                    return self._why(end(process), skipped)
                 if time.monotonic() > deadline:
                     return None
                 limit = self.part.case_limit_s if running else STARTING_LIMIT_S
@@ -155,7 +155,7 @@ def environment_of_child(work: Path, dry_run: bool) -> dict[str, str]:
         **variables_of_interpreter(os.environ),
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(temporary),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work.parent / "inductor"),
         "DS_ACCELERATOR": "cpu" if dry_run else "cuda",
         "WANDB_MODE": "disabled",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -168,8 +168,8 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, its group, and descendants that left the group."""
+def end(process: subprocess.Popen[bytes]) -> int:
+    """End a process, all of its group, and descendants that left the group. Its exit code."""
     if process.returncode is None:
         try:
             descendants = psutil.Process(process.pid).children(recursive=True)
@@ -179,4 +179,4 @@ def end(process: subprocess.Popen[bytes]) -> None:
         for each in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
-        process.wait()
+    return process.wait()
