@@ -24,6 +24,7 @@ from tools.gpu_check import blocks, legs, targets
 from tools.gpu_check.child import DRY, MEASURED, presentable
 from tools.gpu_check.parts import PARTS, RELU2_CASTS, STEP_CASES, Part
 from tools.gpu_check.shapes import SHAPES, TOP_K
+from tools.gpu_check.tables import markdown
 
 Content = dict[str, Any]
 
@@ -387,6 +388,19 @@ def test_the_speed_of_a_block_is_that_within_rounds() -> None:
     assert "speed_over_bf16" not in blocks.from_bench(base, base)
     assert "speed_over_bf16" not in blocks.from_bench(row, {"block": blocks.BASE, "error": "no"})
     assert "speed_over_bf16" not in blocks.from_bench(row, None)
+
+
+def test_committed_checks_are_measurements_from_clean_checkouts_with_the_table_that_they_make() -> None:
+    for path in (REPO_ROOT / "benchmarks").glob("gpu_check_*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert (content["schema"], content["dry_run"]) == (1, False), path
+        assert content["env"]["dirty"] is False, path
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(content), path
+
+
+def test_the_table_is_made_from_the_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, content = check(monkeypatch, tmp_path / "out", faulty("a", "fine", "raises"))
+    assert (tmp_path / "out" / "gpu_check.md").read_text() == markdown(content)
 
 
 # --- the tables of what is run --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python -m tools.gpu_check --out runs/one --parts steps --cases '*dropless*'
     python -m tools.gpu_check --out /tmp/dry --dry_run                  the logic, in tiny sizes on the CPU
 
-Exit codes: 0 all was measured, 1 something failed or was not reached (the files say what and why), 2 refused.
+Exit codes: 0 every case came to its end, 1 something failed or was not reached (the files say what and why), 2 refused.
 
 This process imports no torch: every part has processes of its own (watch.py), whose death or hang costs the case that
 they were at. parts.py says what is measured in which order, targets.py what it is held against.
@@ -124,7 +124,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m tools.gpu_check",
         description="Check what FP8 experts need, on one GPU: one JSON and one table of what was measured.",
-        epilog="Exit codes: 0 all was measured, 1 something failed or was not reached, 2 refused.",
+        epilog="Exit codes: 0 every case came to its end, 1 something failed or was not reached, 2 refused.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help=f"a new folder for {JSON_NAME}, {TABLE_NAME} and logs/")

@@ -106,10 +106,13 @@ def run_of(part: str, case: str, dry_run: bool) -> tuple[Path, list[str]]:
     leg = LEGS[case]
     config = CONFIGS / ("moe_tiny.json" if dry_run else leg.config)
     assignments = list(DRY_ASSIGNMENTS) if dry_run else [f"train_batch_size={BATCH[part]}", "run.launch.num_gpus=1"]
-    assignments += [*leg.assignments, f"run.data.train={data_of(config, dry_run)}", "run.train.eval_every=null"]
+    data = data_of(config, dry_run)
+    assignments += [*leg.assignments, f"run.data.train={data}", "run.train.eval_every=null"]
     if part == "loss":
         count = WARM_UP + 3 if dry_run else LOSS_STEPS
         assignments += [f"run.train.num_steps={count}", "run.train.log_every=1", "run.train.sample_tokens=0"]
+        if data == "synthetic":  # whose validation loss says nothing more
+            assignments.append("run.data.val=none")
     else:
         timed = 3 if dry_run else SETTLING + BLOCK_STEPS * BLOCKS
         last = WARM_UP + (timed if part == "steps" else PROFILED + 1)

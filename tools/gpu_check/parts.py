@@ -71,7 +71,7 @@ STEP_CASES = (
 )
 
 PARTS = (
-    Part("environment", "Environment", "tools.gpu_check.gpu:environment", ("gpu",), ("gpu",), 0.3, 60),
+    Part("environment", "Environment", "tools.gpu_check.gpu:environment", ("gpu",), ("gpu",), 1.0, 60),
     Part(
         "tests",
         "Tests on the GPU",
