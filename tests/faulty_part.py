@@ -18,6 +18,9 @@ def run(case: str, context: Context) -> None:
     match case.split()[0]:
         case "raises":
             raise RuntimeError("this case raises")
+        case "loses":  # the GPU, as after an illegal address
+            vars(sys.modules["__main__"])["device_answers"] = lambda: False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         case "leaves":
             sys.exit("this case leaves")  # no fault that a part would keep
         case "killed":

@@ -84,6 +84,16 @@ def test_a_process_that_dies_costs_the_case_that_it_was_at(
     assert content["status"] == "finished"
 
 
+def test_a_process_that_lost_its_gpu_hands_the_other_cases_to_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, content = check(monkeypatch, tmp_path / "out", faulty("a", "loses", "fine"))
+    lost, fine = cases_of(content, "a").values()
+    assert (lost["status"], fine["status"]) == ("failed", "measured")
+    assert lost["why"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert lost["rows"][0]["pid"] != fine["rows"][0]["pid"]
+
+
 def test_what_a_dead_process_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, content = check(monkeypatch, tmp_path / "out", faulty("a", "orphans"))
     died = cases_of(content, "a")["orphans"]
@@ -162,7 +172,11 @@ from tests.unit.test_gpu_check import faulty, gpu_check
 gpu_check.PARTS = (faulty("a", "fine", "hangs", "fine too"), faulty("b", "fine"))
 sys.exit(gpu_check.main(["--out", {str(out)!r}, "--dry_run"]))
 """
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO_ROOT, stderr=subprocess.PIPE, text=True)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    variables = {**os.environ, "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, cwd=REPO_ROOT, env=variables, stderr=subprocess.PIPE, text=True)
     path = out / "gpu_check.json"
     hung: list[dict[str, Any]] = []
     until = time.monotonic() + 60
@@ -172,10 +186,12 @@ sys.exit(gpu_check.main(["--out", {str(out)!r}, "--dry_run"]))
             hung = cases_of(json.loads(path.read_text()), "a")["hangs"]["rows"]
     assert len(hung) == 2
     process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # someone is impatient
     _, said = process.communicate(timeout=30)
     content = json.loads(path.read_text())
     assert process.returncode == 1
-    assert said == f"{number.name}: ended\n"
+    assert said in (f"{number.name}: ended\n", "SIGTERM: ended\n")
+    assert list(temporary.iterdir()) == []
     assert content["status"] == "interrupted"
     statuses = {name: case["status"] for name, case in cases_of(content, "a").items()}
     assert statuses == {"fine": "measured", "hangs": "not reached", "fine too": "not reached"}
@@ -191,7 +207,8 @@ from tests.unit.test_gpu_check import faulty, gpu_check
 gpu_check.PARTS = (faulty("a", "hangs"),)
 gpu_check.main(["--out", {str(out)!r}, "--dry_run"])
 """
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO_ROOT)
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO_ROOT, env=variables)
     hung: list[dict[str, Any]] = []
     until = time.monotonic() + 60
     while len(hung) < 2 and time.monotonic() < until:

@@ -102,11 +102,13 @@ def run_part(part: Part, seconds: float, results: Results, work: Path) -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted, once: what follows ends processes and writes, undisturbed."""
+    asked = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signal.Signals(number).name)
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise Interrupted(signal.Signals(number).name)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
