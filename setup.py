@@ -11,7 +11,7 @@ setup(
     description="Pretrain and ablate GPT+MoE language models on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["launch", "model", "tools", "tools.bench_moe"],
+    packages=["launch", "model", "tools", "tools.bench_moe", "tools.gpu_check"],
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",

@@ -1,8 +1,8 @@
 """Who may import whom, read from the source of every file. CONTRIBUTING.md has the picture.
 
     tests                               anything
-    tools/, train.py                    launch, model; tools never each other (tools/golden.py also train), but the
-                                        files of a tool that is a folder belong together
+    tools/, train.py                    launch, model; tools never each other (golden and gpu_check also train), but
+                                        the files of a tool that is a folder belong together
     launch/                             launch, model.config, model.flops; no torch
     model/                              model; no command line, no environment variables
     model/config.py, model/flops.py     pydantic and the standard library
@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("launch/", ("launch", "model.config", "model.flops")),
     ("tools/golden.py", ("launch", "model", "train")),  # its runs are train.py's own, many in one process
     ("tools/bench_moe/", ("launch", "model", "tools.bench_moe")),
+    ("tools/gpu_check/leg.py", ("launch", "tools.gpu_check", "train")),  # a run of train.py's that keeps its times
+    ("tools/gpu_check/", ("launch", "model", "tools.gpu_check")),
     ("tools/", ("launch", "model")),
     ("train.py", ("launch", "model")),
     ("setup.py", ()),
@@ -168,6 +170,8 @@ def test_an_init_file_is_empty(path: Path) -> None:
         ("tools/x.py", "from . import prepare_data", "tools.prepare_data"),
         ("tools/x.py", "from tools.bench_moe import shapes", "tools.bench_moe.shapes"),
         ("tools/bench_moe/x.py", "from tools.prepare_data import main", "tools.prepare_data.main"),
+        ("tools/gpu_check/x.py", "from tools.bench_moe import blocks", "tools.bench_moe.blocks"),
+        ("tools/gpu_check/x.py", "import train", "train"),
         ("tools/x.py", "import train", "train"),
         ("tools/x.py", "import transformers", "transformers"),
         ("model/gpt.py", "from liger_kernel.ops import X", "liger_kernel.ops.X"),

@@ -130,6 +130,11 @@ def table(columns: dict[str, Any], rows: list[Row]) -> str:
 # --- benchmarks/README.md -------------------------------------------------------------------------------------------
 
 
+def is_ours(path: Path) -> bool:
+    """Whether bench_moe wrote it: the folder holds other tools' results too."""
+    return json.loads(path.read_text(encoding="utf-8"))["env"].get("tool") == TOOL
+
+
 def section_of(path: Path) -> str:
     """What the README says of one file of results."""
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -159,5 +164,5 @@ def with_results(readme: str, folder: Path = FOLDER) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{README}: lacks the lines {BEGIN} and {END}. Put them where the tables belong.")
-    sections = [section_of(path) for path in sorted(folder.glob("*.json"))] or ["None yet."]
+    sections = [section_of(path) for path in sorted(folder.glob("*.json")) if is_ours(path)] or ["None yet."]
     return "\n\n".join([f"{before}{BEGIN}", *sections, f"{END}{after}"])
