@@ -24,7 +24,7 @@ from tools.gpu_check import blocks, legs, targets
 from tools.gpu_check.child import DRY, MEASURED, presentable
 from tools.gpu_check.parts import PARTS, RELU2_CASTS, STEP_CASES, Part
 from tools.gpu_check.shapes import SHAPES, TOP_K
-from tools.gpu_check.tables import markdown
+from tools.gpu_check.tables import markdown, section
 
 Content = dict[str, Any]
 
@@ -454,3 +454,16 @@ def test_every_part_has_cases_for_a_dry_run_and_a_share_of_the_time() -> None:
         assert set(part.dry_cases) <= set(part.cases)
         assert len(set(part.cases)) == len(part.cases)
         assert part.share > 0
+
+
+def test_the_table_counts_tests_that_pass_and_names_those_that_fail() -> None:
+    rows = [
+        {"what": "test_a", "outcome": "passed", "seconds": 1.0},
+        {"what": "test_b", "outcome": "failed", "seconds": 1.0, "error": "off by one"},
+        {"what": "tests", "passed": 1, "failed": 1, "skipped": 0},
+    ]
+    part = {"status": "measured", "cases": {"tests/gpu": {"status": "measured", "rows": rows}}}
+    text = "\n".join(section(part))
+    assert "test_a" not in text
+    assert "test_b" in text
+    assert "off by one" in text

@@ -71,9 +71,8 @@ def from_bench(row: dict[str, Any], base: dict[str, Any] | None) -> Row:
         "rounds": len(row["ms_rounds"]),
         "iterations": row["steps_per_sample"],
         "warm_up": WARM_UP,
-        "tflops": row["tflops"],
     }
-    found |= {name: row[name] for name in ("compile_s", "peak_mem_mib") if name in row}
+    found |= {name: row[name] for name in ("tflops", "compile_s", "peak_mem_mib", "emulated") if name in row}
     if base is not None and "error" not in base and row is not base:
         pairs = zip(base["ms_rounds"], row["ms_rounds"], strict=True)
         found["speed_over_bf16"] = statistics.median(theirs / ours for theirs, ours in pairs)

@@ -85,13 +85,14 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def section(part: dict[str, Any]) -> list[str]:
-    """A part: what became of it, of the cases that were not measured, and all its rows."""
+    """A part: what became of it and of the cases that were not measured, and its rows. Tests that pass are counted."""
     took = f", {part['seconds']:.0f} s of {part['limit_s']:.0f} s" if "seconds" in part else ""
     lines = [f"{part['status']}{took}"]
     for name, case in part["cases"].items():
         if case["status"] != "measured":
             lines += [f"* {name}: {case['status']}{': ' + case['why'] if case.get('why') else ''}"]
     rows = [(name, row) for name, case in part["cases"].items() for row in case["rows"]]
+    rows = [(name, row) for name, row in rows if row.get("outcome") not in ("passed", "skipped")]
     if rows:
         used = [column for column in COLUMNS if any(column[0] in row for _, row in rows)]
         head = ["case", *(title for _, title, _ in used), "remark"]
