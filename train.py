@@ -142,6 +142,8 @@ def set_up_process(start: Start) -> None:
     # deepspeed 0.19.8 calls what torch 2.13 renamed
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")
+    # what inductor (torch 2.13) says, again and again, of loops for the CPU that make FP8 of bf16
+    warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed in the scheduler node")
     if on_gpu():
         torch.cuda.set_device(start.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
