@@ -20,9 +20,10 @@ import pytest
 from launch.run_config import REPO_ROOT, load_run
 from tools.bench_moe.shapes import SETS, parse_shapes
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import blocks, legs, targets
-from tools.gpu_check.child import DRY, MEASURED, presentable
-from tools.gpu_check.parts import PARTS, RELU2_CASTS, STEP_CASES, Part
+from tools.gpu_check import blocks, gpu_tests, legs, results, targets
+from tools.gpu_check.child import DRY, MEASURED, Context, presentable
+from tools.gpu_check.gpu_tests import TESTS
+from tools.gpu_check.parts import GPU_TESTS, PARTS, RELU2_CASTS, STEP_CASES, Part
 from tools.gpu_check.shapes import SHAPES, TOP_K
 from tools.gpu_check.tables import markdown, section
 
@@ -441,6 +442,26 @@ def test_legs_and_cases_name_each_other() -> None:
     assert set(STEP_CASES) <= named
 
 
+def test_the_files_of_gpu_tests_are_the_cases_of_their_part() -> None:
+    assert sorted(GPU_TESTS) == sorted(path.name for path in TESTS.glob("test_*.py"))
+
+
+def test_a_test_that_loses_the_gpu_hands_the_other_files_to_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\ndef test_it() -> None:\n    assert False\n"
+    )
+    monkeypatch.setattr(gpu_tests, "TESTS", tmp_path)
+    rows: list[dict[str, Any]] = []
+    context = Context(True, tmp_path, tmp_path, rows.append)
+    gpu_tests.gpu_tests("test_one.py", context)
+    assert [row["outcome"] for row in rows] == ["failed"]
+    monkeypatch.setattr(gpu_tests, "device_answers", lambda: False)
+    with pytest.raises(RuntimeError, match="without its GPU"):
+        gpu_tests.gpu_tests("test_one.py", context)
+
+
 def test_the_blocks_have_the_shapes_of_the_experts() -> None:
     asked = [
         f"T{E * C // TOP_K.get(name, 2)},D{K},F{N},E{E},k{TOP_K.get(name, 2)}" for name, (E, C, K, N) in SHAPES.items()
@@ -460,10 +481,11 @@ def test_the_table_counts_tests_that_pass_and_names_those_that_fail() -> None:
     rows = [
         {"what": "test_a", "outcome": "passed", "seconds": 1.0},
         {"what": "test_b", "outcome": "failed", "seconds": 1.0, "error": "off by one"},
-        {"what": "tests", "passed": 1, "failed": 1, "skipped": 0},
+        {"what": "test_c", "outcome": "passed", "seconds": 1.0},
     ]
-    part = {"status": "measured", "cases": {"tests/gpu": {"status": "measured", "rows": rows}}}
-    text = "\n".join(section(part))
+    case = {"status": "not reached", "why": "the time of the part ended after these rows", "rows": rows}
+    text = "\n".join(section({"status": "not reached", "cases": {"test_file.py": case}}))
+    assert "* test_file.py: 2 passed, 1 failed" in text
     assert "test_a" not in text
     assert "test_b" in text
     assert "off by one" in text

@@ -59,9 +59,6 @@ COLUMNS: tuple[tuple[str, str, int | None], ...] = (
     ("val_bpb", "val bpb", 4),
     ("parts", "ms by part", None),
     ("outcome", "outcome", None),
-    ("passed", "passed", 0),
-    ("failed", "failed", 0),
-    ("skipped", "skipped", 0),
     ("seconds", "s", 1),
 )
 
@@ -85,12 +82,16 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def section(part: dict[str, Any]) -> list[str]:
-    """A part: what became of it and of the cases that were not measured, and its rows. Tests that pass are counted."""
+    """A part: what became of it and of the cases that were not measured, and its rows. Tests are counted, and named if
+    they failed."""
     took = f", {part['seconds']:.0f} s of {part['limit_s']:.0f} s" if "seconds" in part else ""
     lines = [f"{part['status']}{took}"]
     for name, case in part["cases"].items():
         if case["status"] != "measured":
             lines += [f"* {name}: {case['status']}{': ' + case['why'] if case.get('why') else ''}"]
+        outcomes = [row["outcome"] for row in case["rows"] if "outcome" in row]
+        if outcomes:
+            lines += [f"* {name}: {', '.join(f'{outcomes.count(each)} {each}' for each in dict.fromkeys(outcomes))}"]
     rows = [(name, row) for name, case in part["cases"].items() for row in case["rows"]]
     rows = [(name, row) for name, row in rows if row.get("outcome") not in ("passed", "skipped")]
     if rows:
