@@ -235,6 +235,7 @@ gpu_check.main(["--out", {str(out)!r}, "--dry_run"])
         (["--parts", "gem"], "--parts gem: no such part. Use environment, tests, gemm"),
         (["--minutes", "0"], "--minutes 0.0: not a time to measure in"),
         (["--cases", "x*"], "--cases 'x*': matches no case"),
+        (["--commit", "main"], "--commit main: not 40 hexadecimal digits"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -270,6 +271,24 @@ def test_a_torch_that_sees_no_gpu_is_refused_and_nothing_is_left(
         "ConfigError: torch sees no GPU on this machine. Use another machine or torch, or --dry_run.\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("found", [{}, {"commit": "b" * 40, "dirty": False}])
+def test_a_copy_without_git_has_the_commit_that_is_stated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], found: dict[str, Any]
+) -> None:
+    for module in (gpu_check, results):
+        monkeypatch.setattr(module, "describe_checkout", lambda _: found)
+    monkeypatch.setattr(gpu_check, "PARTS", (faulty("a", "fine"),))
+    code = gpu_check.main(["--out", str(tmp_path / "out"), "--dry_run", "--commit", "a" * 40])
+    if found:
+        assert code == 2
+        assert "--commit: this is a git checkout" in capsys.readouterr().err
+        return
+    assert code == 0
+    env = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["env"]
+    assert (env["commit"], env["commit_stated"]) == ("a" * 40, True)
+    assert "Commit aaaaaaaaaa (as stated with --commit), " in (tmp_path / "out" / "gpu_check.md").read_text()
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,7 +431,7 @@ def test_committed_checks_are_measurements_from_clean_checkouts_with_the_table_t
     for path in (REPO_ROOT / "benchmarks").glob("gpu_check_*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         assert (content["schema"], content["dry_run"]) == (1, False), path
-        assert content["env"]["dirty"] is False, path
+        assert content["env"].get("dirty") is False or "commit_stated" in content["env"], path
         assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(content), path
 
 

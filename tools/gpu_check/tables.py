@@ -65,7 +65,8 @@ COLUMNS: tuple[tuple[str, str, int | None], ...] = (
 
 def markdown(content: dict[str, Any]) -> str:
     env = content["env"]
-    commit = f"{env.get('commit', 'unknown')[:10]}{' with changes' if env.get('dirty') else ''}"
+    remark = " with changes" if env.get("dirty") else " (as stated with --commit)" if "commit_stated" in env else ""
+    commit = f"{env.get('commit', 'unknown')[:10]}{remark}"
     lines = ["# GPU check", ""]
     if content["dry_run"]:
         lines += ["**Dry run, no measurement.** Tiny sizes on the CPU, to show that the check itself works.", ""]
