@@ -382,12 +382,32 @@ def test_loss_is_judged_against_the_distance_of_bf16_from_itself() -> None:
 
 def test_the_slowest_cast_counts_and_each_by_its_faster_form() -> None:
     rows = [{"what": what, "implementation": "torch, compiled", "gb_per_s": 2000.0} for what in RELU2_CASTS]
-    rows += [{"what": what, "implementation": "triton", "gb_per_s": 3500.0} for what in RELU2_CASTS[1:]]
+    triton = {"implementation": "triton", "gb_per_s": 3500.0, "bytes_differing": 0}
+    rows += [{"what": what, **triton} for what in RELU2_CASTS[1:]]
     found = judged(
         content_of(casts={f"seed {cast}": [row for row in rows if row["what"] == cast] for cast in RELU2_CASTS}), 2
     )
     assert found["measured"] == "2.00 (quantize_rows x) to 3.50 TB/s"
     assert found["verdict"] == "missed"
+
+
+def test_a_triton_cast_with_other_bytes_than_torch_has_no_speed() -> None:
+    row = {
+        "implementation": "triton",
+        "gb_per_s": 3500.0,
+        "bytes": "2% differ from plain torch's",
+        "bytes_differing": 9,
+    }
+    content = content_of(casts={f"seed {what}": [{"what": what, **row}] for what in RELU2_CASTS})
+    found = judged(content, 2)
+    assert "verdict" not in found
+    assert "quantize_rows x: Triton's bytes: 2% differ" in found["measured"]
+    for case in content["parts"]["casts"]["cases"].values():
+        del case["rows"][0]["bytes_differing"]  # not compared, for want of memory
+    assert "verdict" not in judged(content, 2)
+    for case in content["parts"]["casts"]["cases"].values():
+        case["rows"][0]["bytes_differing"] = 0
+    assert judged(content, 2)["verdict"] == "met"
 
 
 def test_seconds_of_compiling_count_only_from_an_empty_cache() -> None:
