@@ -372,7 +372,12 @@ def test_a_ratio_whose_interval_holds_its_target_is_undecided() -> None:
 
 
 def test_loss_is_judged_against_the_distance_of_bf16_from_itself() -> None:
-    loss = {name: [{"what": name, "mean_last50_loss": value}] for name, value in (("bf16", 3.0), ("fp8_experts", 3.01))}
+    facts = {"steps": 300, "data": "synthetic"}
+    loss = {
+        name: [{"what": name, **facts, "mean_last50_loss": value}]
+        for name, value in (("bf16", 3.0), ("fp8_experts", 3.01))
+    }
+    assert judged(content_of(loss=loss), 9)["measured"].startswith("300 steps, data synthetic: bf16 3.0000")
     assert judged(content_of(loss=loss), 9)["verdict"] == "undecided"  # nothing to judge by
     again = {"bf16_again": [{"what": "bf16_again", "mean_last50_loss": 3.02}]}
     assert judged(content_of(loss=loss | again), 9)["verdict"] == "met"

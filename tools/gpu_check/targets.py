@@ -161,11 +161,13 @@ def mfu(content: Content) -> Judgement:
 
 def loss(content: Content) -> Judgement:
     """FP8's distance from BF16 against that of BF16 from itself, repeated or with another seed."""
-    tails = {}
-    for leg in ("bf16", "fp8_experts"):
-        tails[leg] = number_of(row_of(content, "loss", leg, leg), "mean_last50_loss")
+    rows = {leg: row_of(content, "loss", leg, leg) for leg in ("bf16", "fp8_experts")}
+    tails = {leg: number_of(row, "mean_last50_loss") for leg, row in rows.items()}
     distance = abs(tails["fp8_experts"] - tails["bf16"])
-    shown = f"300 steps: bf16 {tails['bf16']:.4f}, fp8_experts {tails['fp8_experts']:.4f}, apart {distance:.4f}"
+    shown = (
+        f"{rows['bf16'].get('steps')} steps, data {rows['bf16'].get('data')}: bf16 {tails['bf16']:.4f}, "
+        f"fp8_experts {tails['fp8_experts']:.4f}, apart {distance:.4f}"
+    )
     noise: list[float] = []
     for leg in ("bf16_again", "bf16_other_seed"):
         try:
