@@ -20,9 +20,10 @@ import pytest
 from launch.run_config import REPO_ROOT, load_run
 from tools.bench_moe.shapes import SETS, parse_shapes
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import blocks, legs, targets
-from tools.gpu_check.child import DRY, MEASURED, presentable
-from tools.gpu_check.parts import PARTS, RELU2_CASTS, STEP_CASES, Part
+from tools.gpu_check import blocks, gpu_tests, legs, results, targets
+from tools.gpu_check.child import DRY, MEASURED, Context, presentable
+from tools.gpu_check.gpu_tests import TESTS
+from tools.gpu_check.parts import GPU_TESTS, PARTS, RELU2_CASTS, STEP_CASES, Part
 from tools.gpu_check.shapes import SHAPES, TOP_K
 from tools.gpu_check.tables import markdown, section
 
@@ -234,6 +235,7 @@ gpu_check.main(["--out", {str(out)!r}, "--dry_run"])
         (["--parts", "gem"], "--parts gem: no such part. Use environment, tests, gemm"),
         (["--minutes", "0"], "--minutes 0.0: not a time to measure in"),
         (["--cases", "x*"], "--cases 'x*': matches no case"),
+        (["--commit", "main"], "--commit main: not 40 hexadecimal digits"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -269,6 +271,24 @@ def test_a_torch_that_sees_no_gpu_is_refused_and_nothing_is_left(
         "ConfigError: torch sees no GPU on this machine. Use another machine or torch, or --dry_run.\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("found", [{}, {"commit": "b" * 40, "dirty": False}])
+def test_a_copy_without_git_has_the_commit_that_is_stated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], found: dict[str, Any]
+) -> None:
+    for module in (gpu_check, results):
+        monkeypatch.setattr(module, "describe_checkout", lambda _: found)
+    monkeypatch.setattr(gpu_check, "PARTS", (faulty("a", "fine"),))
+    code = gpu_check.main(["--out", str(tmp_path / "out"), "--dry_run", "--commit", "a" * 40])
+    if found:
+        assert code == 2
+        assert "--commit: this is a git checkout" in capsys.readouterr().err
+        return
+    assert code == 0
+    env = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["env"]
+    assert (env["commit"], env["commit_stated"]) == ("a" * 40, True)
+    assert "Commit aaaaaaaaaa (as stated with --commit), " in (tmp_path / "out" / "gpu_check.md").read_text()
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +372,12 @@ def test_a_ratio_whose_interval_holds_its_target_is_undecided() -> None:
 
 
 def test_loss_is_judged_against_the_distance_of_bf16_from_itself() -> None:
-    loss = {name: [{"what": name, "mean_last50_loss": value}] for name, value in (("bf16", 3.0), ("fp8_experts", 3.01))}
+    facts = {"steps": 300, "data": "synthetic"}
+    loss = {
+        name: [{"what": name, **facts, "mean_last50_loss": value}]
+        for name, value in (("bf16", 3.0), ("fp8_experts", 3.01))
+    }
+    assert judged(content_of(loss=loss), 9)["measured"].startswith("300 steps, data synthetic: bf16 3.0000")
     assert judged(content_of(loss=loss), 9)["verdict"] == "undecided"  # nothing to judge by
     again = {"bf16_again": [{"what": "bf16_again", "mean_last50_loss": 3.02}]}
     assert judged(content_of(loss=loss | again), 9)["verdict"] == "met"
@@ -362,12 +387,32 @@ def test_loss_is_judged_against_the_distance_of_bf16_from_itself() -> None:
 
 def test_the_slowest_cast_counts_and_each_by_its_faster_form() -> None:
     rows = [{"what": what, "implementation": "torch, compiled", "gb_per_s": 2000.0} for what in RELU2_CASTS]
-    rows += [{"what": what, "implementation": "triton", "gb_per_s": 3500.0} for what in RELU2_CASTS[1:]]
+    triton = {"implementation": "triton", "gb_per_s": 3500.0, "bytes_differing": 0}
+    rows += [{"what": what, **triton} for what in RELU2_CASTS[1:]]
     found = judged(
         content_of(casts={f"seed {cast}": [row for row in rows if row["what"] == cast] for cast in RELU2_CASTS}), 2
     )
     assert found["measured"] == "2.00 (quantize_rows x) to 3.50 TB/s"
     assert found["verdict"] == "missed"
+
+
+def test_a_triton_cast_with_other_bytes_than_torch_has_no_speed() -> None:
+    row = {
+        "implementation": "triton",
+        "gb_per_s": 3500.0,
+        "bytes": "2% differ from plain torch's",
+        "bytes_differing": 9,
+    }
+    content = content_of(casts={f"seed {what}": [{"what": what, **row}] for what in RELU2_CASTS})
+    found = judged(content, 2)
+    assert "verdict" not in found
+    assert "quantize_rows x: Triton's bytes: 2% differ" in found["measured"]
+    for case in content["parts"]["casts"]["cases"].values():
+        del case["rows"][0]["bytes_differing"]  # not compared, for want of memory
+    assert "verdict" not in judged(content, 2)
+    for case in content["parts"]["casts"]["cases"].values():
+        case["rows"][0]["bytes_differing"] = 0
+    assert judged(content, 2)["verdict"] == "met"
 
 
 def test_seconds_of_compiling_count_only_from_an_empty_cache() -> None:
@@ -411,7 +456,7 @@ def test_committed_checks_are_measurements_from_clean_checkouts_with_the_table_t
     for path in (REPO_ROOT / "benchmarks").glob("gpu_check_*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         assert (content["schema"], content["dry_run"]) == (1, False), path
-        assert content["env"]["dirty"] is False, path
+        assert content["env"].get("dirty") is False or "commit_stated" in content["env"], path
         assert path.with_suffix(".md").read_text(encoding="utf-8") == markdown(content), path
 
 
@@ -441,6 +486,26 @@ def test_legs_and_cases_name_each_other() -> None:
     assert set(STEP_CASES) <= named
 
 
+def test_the_files_of_gpu_tests_are_the_cases_of_their_part() -> None:
+    assert sorted(GPU_TESTS) == sorted(path.name for path in TESTS.glob("test_*.py"))
+
+
+def test_a_test_that_loses_the_gpu_hands_the_other_files_to_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\ndef test_it() -> None:\n    assert False\n"
+    )
+    monkeypatch.setattr(gpu_tests, "TESTS", tmp_path)
+    rows: list[dict[str, Any]] = []
+    context = Context(True, tmp_path, tmp_path, rows.append)
+    gpu_tests.gpu_tests("test_one.py", context)
+    assert [row["outcome"] for row in rows] == ["failed"]
+    monkeypatch.setattr(gpu_tests, "device_answers", lambda: False)
+    with pytest.raises(RuntimeError, match="without its GPU"):
+        gpu_tests.gpu_tests("test_one.py", context)
+
+
 def test_the_blocks_have_the_shapes_of_the_experts() -> None:
     asked = [
         f"T{E * C // TOP_K.get(name, 2)},D{K},F{N},E{E},k{TOP_K.get(name, 2)}" for name, (E, C, K, N) in SHAPES.items()
@@ -460,10 +525,11 @@ def test_the_table_counts_tests_that_pass_and_names_those_that_fail() -> None:
     rows = [
         {"what": "test_a", "outcome": "passed", "seconds": 1.0},
         {"what": "test_b", "outcome": "failed", "seconds": 1.0, "error": "off by one"},
-        {"what": "tests", "passed": 1, "failed": 1, "skipped": 0},
+        {"what": "test_c", "outcome": "passed", "seconds": 1.0},
     ]
-    part = {"status": "measured", "cases": {"tests/gpu": {"status": "measured", "rows": rows}}}
-    text = "\n".join(section(part))
+    case = {"status": "not reached", "why": "the time of the part ended after these rows", "rows": rows}
+    text = "\n".join(section({"status": "not reached", "cases": {"test_file.py": case}}))
+    assert "* test_file.py: 2 passed, 1 failed" in text
     assert "test_a" not in text
     assert "test_b" in text
     assert "off by one" in text

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import fnmatch
+import re
 import shlex
 import shutil
 import signal
@@ -28,6 +29,8 @@ from pathlib import Path
 from types import FrameType
 
 from launch.command_line import OneLineParser
+from launch.environment import describe_checkout
+from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED
 from model.config import ConfigError
 from tools.gpu_check.parts import PARTS, Part
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parts = chosen_parts(args)
         refuse(args)
-        results = Results(args.out, arguments, args.minutes, args.dry_run)
+        results = Results(args.out, arguments, args.minutes, args.dry_run, args.commit)
         deadline = begun + 60 * args.minutes - RESERVE_S
         with (
             interruptible(),
@@ -133,10 +136,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--minutes", type=float, default=MINUTES, metavar="M", help="for everything together (default: %(default)s)")
     add("--parts", metavar="A,B", help=f"some of {names} (default: all; environment always)")
     add("--cases", nargs="+", metavar="PATTERN", help="of these parts only cases that match, such as 'seed*'")
+    add("--commit", metavar="ID", help="of these files, where they are a copy without .git, from `git rev-parse HEAD`")
     add("--dry_run", action="store_true", help="every part in tiny sizes on the CPU; nothing is measured")
     args = parser.parse_args(argv)
     if not 0 < args.minutes < 24 * 60:
         parser.error(f"--minutes {args.minutes}: not a time to measure in. Use minutes, such as {MINUTES}")
+    if args.commit is not None and not re.fullmatch("[0-9a-f]{40}", args.commit):
+        parser.error(f"--commit {args.commit}: not 40 hexadecimal digits. Use what `git rev-parse HEAD` prints")
     return args
 
 
@@ -172,6 +178,8 @@ def refuse(args: argparse.Namespace) -> None:
     """Raise ConfigError where nothing could be measured, or a result would be overwritten."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"--out {args.out}: is there and not an empty folder. Name a new one.")
+    if args.commit is not None and describe_checkout(REPO_ROOT):
+        raise ConfigError("--commit: this is a git checkout, which knows its commit. Leave --commit out.")
     if not args.dry_run and not has_driver():
         raise ConfigError("this machine has no NVIDIA driver, so no GPU. Use a machine with one, or --dry_run.")
 

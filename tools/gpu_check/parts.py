@@ -32,6 +32,7 @@ ACCURACY = (
     "accuracy 2d-3d groups 0,0,0",
     "accuracy 2d-3d groups 4096,3071,0,5121",
 )
+GPU_TESTS = ("test_fp8_gpu.py", "test_fp8_kernels_gpu.py", "test_fp8_runs_gpu.py")  # of tests/gpu; the slowest last
 RELU2_CASTS = (  # those of the seed's experts; the first word is the function's name
     "quantize_rows x",
     "gather_quantize x",
@@ -71,13 +72,14 @@ STEP_CASES = (
 )
 
 PARTS = (
-    Part("environment", "Environment", "tools.gpu_check.gpu:environment", ("gpu",), ("gpu",), 1.0, 60),
+    # Its share is for torch from a cold disk: without this part no result says on which GPU it was measured.
+    Part("environment", "Environment", "tools.gpu_check.gpu:environment", ("gpu",), ("gpu",), 3.0, 60),
     Part(
         "tests",
         "Tests on the GPU",
         "tools.gpu_check.gpu_tests:gpu_tests",
-        ("tests/gpu",),
-        ("tests/gpu",),
+        GPU_TESTS,
+        GPU_TESTS,
         share=1.5,
         case_limit_s=240,
     ),

@@ -26,7 +26,7 @@ VARIABLES = ("CUDA_", "CUBLAS_", "NVIDIA_TF32", "PYTORCH_", "TORCH", "TRITON_", 
 class Results:
     """The content of gpu_check.json, saved whenever something new is known."""
 
-    def __init__(self, out: Path, arguments: list[str], minutes: float, dry_run: bool) -> None:
+    def __init__(self, out: Path, arguments: list[str], minutes: float, dry_run: bool, commit: str | None) -> None:
         self.out, self.dry_run, self.saved_at = out, dry_run, 0.0
         shown = [each for each in arguments if each != str(out)]
         if "--out" in shown:
@@ -39,7 +39,7 @@ class Results:
             "env": {
                 "command": shlex.join(["python", "-m", "tools.gpu_check", *shown]),
                 "date": utc_now(),
-                **describe_checkout(REPO_ROOT),
+                **({"commit": commit, "commit_stated": True} if commit else describe_checkout(REPO_ROOT)),
                 "packages": package_versions(),
                 "python": platform.python_version(),
                 "cpu": cpu_model(),

@@ -59,16 +59,14 @@ COLUMNS: tuple[tuple[str, str, int | None], ...] = (
     ("val_bpb", "val bpb", 4),
     ("parts", "ms by part", None),
     ("outcome", "outcome", None),
-    ("passed", "passed", 0),
-    ("failed", "failed", 0),
-    ("skipped", "skipped", 0),
     ("seconds", "s", 1),
 )
 
 
 def markdown(content: dict[str, Any]) -> str:
     env = content["env"]
-    commit = f"{env.get('commit', 'unknown')[:10]}{' with changes' if env.get('dirty') else ''}"
+    remark = " with changes" if env.get("dirty") else " (as stated with --commit)" if "commit_stated" in env else ""
+    commit = f"{env.get('commit', 'unknown')[:10]}{remark}"
     lines = ["# GPU check", ""]
     if content["dry_run"]:
         lines += ["**Dry run, no measurement.** Tiny sizes on the CPU, to show that the check itself works.", ""]
@@ -85,12 +83,16 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def section(part: dict[str, Any]) -> list[str]:
-    """A part: what became of it and of the cases that were not measured, and its rows. Tests that pass are counted."""
+    """A part: what became of it and of the cases that were not measured, and its rows. Tests are counted, and named if
+    they failed."""
     took = f", {part['seconds']:.0f} s of {part['limit_s']:.0f} s" if "seconds" in part else ""
     lines = [f"{part['status']}{took}"]
     for name, case in part["cases"].items():
         if case["status"] != "measured":
             lines += [f"* {name}: {case['status']}{': ' + case['why'] if case.get('why') else ''}"]
+        outcomes = [row["outcome"] for row in case["rows"] if "outcome" in row]
+        if outcomes:
+            lines += [f"* {name}: {', '.join(f'{outcomes.count(each)} {each}' for each in dict.fromkeys(outcomes))}"]
     rows = [(name, row) for name, case in part["cases"].items() for row in case["rows"]]
     rows = [(name, row) for name, row in rows if row.get("outcome") not in ("passed", "skipped")]
     if rows:
