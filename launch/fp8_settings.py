@@ -32,6 +32,32 @@ def refuse_fp8_settings(fp8: FP8Config, model: ModelConfig, cross_entropy: Cross
             )
     if fp8.lm_head:
         refuse_head_settings(fp8, cross_entropy)
+    widest = max(reduced_widths(fp8, model))
+    if widest < fp8.min_reduced_width:
+        raise ConfigError(
+            f"run.fp8.min_reduced_width={fp8.min_reduced_width} converts nothing: of what is asked for, N*K/(N+K) is "
+            f"{widest:.0f} at the most. Use a smaller one, or remove run.fp8."
+        )
+
+
+def reduced_widths(fp8: FP8Config, model: ModelConfig) -> list[float]:
+    """N*K/(N+K) of the matrices that are asked for; of a layer's experts that of the narrower of their two."""
+    rows_of = 2 if model.activation == "swiglu" else 1
+
+    def mlp(ffn_hidden_size: int) -> list[tuple[int, int]]:
+        return [(rows_of * ffn_hidden_size, model.hidden_size), (model.hidden_size, ffn_hidden_size)]
+
+    def reduced(shapes: list[tuple[int, int]]) -> list[float]:
+        return [n * k / (n + k) for n, k in shapes]
+
+    found = []
+    if fp8.experts and model.moe is not None:
+        found.append(min(reduced(mlp(model.moe.ffn_hidden_size))))
+    if fp8.dense:
+        found += reduced([(model.hidden_size, model.hidden_size), *mlp(model.ffn_hidden_size or model.hidden_size)])
+    if fp8.lm_head:
+        found += reduced([(model.vocab_size, model.hidden_size)])
+    return found
 
 
 def refuse_expert_settings(fp8: FP8Config, model: ModelConfig) -> None:

@@ -108,7 +108,8 @@ def by_formula(tensor: Tensor) -> bool:
 
 def in_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """tensor.to(dtype) where that does something. torch 2.11 compiles an autograd.Function whose forward pass ends with
-    a cast to the type that is there already so that all its gradients are zero; 2.13 does not."""
+    an operator that hands back its own input (a .to, .float or .contiguous with nothing to do; a view is none) so that
+    all its gradients are zero; 2.13 does not."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -173,9 +173,11 @@ class LoopedExperts(nn.Module):
 
     def forward(self, rows: Tensor, ends_L: Tensor | None = None) -> Tensor:
         """As StackedExperts.forward."""
-        if ends_L is None:
-            parts = rows.unbind()
-        else:
-            parts = rows.split(ends_L.diff(prepend=ends_L.new_zeros(1)).tolist())
-        outputs = [expert(part) for expert, part in zip(self.deepspeed_experts, parts, strict=True)]
-        return torch.stack(outputs) if ends_L is None else torch.cat(outputs)
+        if ends_L is not None:
+            return self._of_any_sizes(rows, ends_L)
+        return torch.stack([expert(part) for expert, part in zip(self.deepspeed_experts, rows.unbind(), strict=True)])
+
+    @torch.compiler.disable  # every step has other sizes, and each would be compiled anew
+    def _of_any_sizes(self, rows: Tensor, ends_L: Tensor) -> Tensor:
+        parts = rows.split(ends_L.diff(prepend=ends_L.new_zeros(1)).tolist())
+        return torch.cat([expert(part) for expert, part in zip(self.deepspeed_experts, parts, strict=True)])

@@ -103,6 +103,23 @@ def check_graphs(watch: CompileWatch, *settings: str) -> None:
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.parametrize("how", ["none", "block", "selective"])
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.25])
+def test_a_list_of_experts_that_get_any_number_of_rows_is_not_compiled_and_nothing_is_compiled_again(
+    watch: CompileWatch, traced: None, capacity_factor: float, how: ActivationCheckpointing
+) -> None:
+    """With a capacity in validation alone."""
+    settings = ("run.model.moe.expert_backend=loop", f"run.model.moe.capacity_factor={capacity_factor}")
+    model, plain = build("static", how, *settings), build("none", "none", *settings)
+    for training in (True, False, True):
+        for step in range(3):
+            found, expected = (one_pass(each.train(training), batch(step)) for each in (model, plain))
+            assert found == pytest.approx(expected, rel=1e-6)
+            assert watch.look("training step" if training else "validation") == []
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, dict(plain.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("mode", "again"), [("static", 4), ("dynamic", 0)])
 def test_a_shape_that_changes_is_compiled_again_when_static_and_not_when_dynamic(
     watch: CompileWatch, traced: None, mode: CompileMode, again: int

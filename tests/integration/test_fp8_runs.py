@@ -178,7 +178,7 @@ def test_a_checkpoint_of_an_fp8_run_trains_on_in_bf16(two_ranks: RankPool, tmp_p
     assert plain != converted
 
 
-def forget_to_refresh(run_dir: Path) -> int:
+def forget_to_refresh(run_dir: Path, *settings: str) -> int:
     """A run whose weights are written by every step and cast only once, when the run begins."""
     import train as program
     from ranks import train_on_this_rank
@@ -193,14 +193,15 @@ def forget_to_refresh(run_dir: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "refresh_fp8", once)
-        return train_on_this_rank(TINY, run_dir, [*SETTINGS, "run.train.num_steps=4"])
+        return train_on_this_rank(TINY, run_dir, [*SETTINGS, "run.train.num_steps=4", *settings])
 
 
-def test_a_run_that_forgets_to_cast_its_weights_again_fails_and_saves_nothing(
-    two_ranks: RankPool, tmp_path: Path
+@pytest.mark.parametrize(("settings", "step"), [((), 4), (("run.train.eval_every=2",), 2)])
+def test_a_run_that_forgets_to_cast_its_weights_again_fails_when_it_validates_or_saves(
+    two_ranks: RankPool, tmp_path: Path, settings: tuple[str, ...], step: int
 ) -> None:
-    assert two_ranks.run(forget_to_refresh, tmp_path / "run") == [4, 4]
+    assert two_ranks.run(forget_to_refresh, tmp_path / "run", *settings) == [4, 4]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed"
+    assert (summary["status"], summary["step"]) == ("failed", step)
     assert "the FP8 copies of blocks.0.mlp.deepspeed_moe.experts.w1" in summary["reason"]
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()

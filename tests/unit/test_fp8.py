@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_recompute import Watch
 from torch import Tensor
+from torchao.float8.float8_linear import Float8Linear
 
 from launch.run_config import REPO_ROOT, load_run
 from model.config import FP8Config
 from model.experts import LoopedExperts
-from model.fp8 import Conversion, FP8Head, FP8Linear, TorchaoExperts, apply_fp8
+from model.fp8 import Conversion, FP8Head, FP8Linear, TorchaoExperts, apply_fp8, recipe_config
 from model.fp8_experts import FP8Experts
 from model.fp8_matmul import refuse_fp8
 from model.fp8_weights import refresh_fp8, refuse_stale
@@ -143,8 +144,8 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("fp8", "settings"), SETTINGS)
 def test_training_is_close_to_high_precision_and_never_equal(fp8: dict[str, Any], settings: tuple[str, ...]) -> None:
-    """What is converted has gradients off by e4m3's or e5m2's error, by which one sees that it is FP8; a factor that is
-    lost or a wrong sign would be off by half or more."""
+    """Gradients of what is converted are off by e4m3's or e5m2's error, its own or that of what comes before and after;
+    a factor that is lost or a wrong sign would be off by half or more. Product by product: tests below and others."""
     plain, converted = build(*settings), build(*settings)
     conversion = convert(converted, **fp8)
     loss, gradients = one_pass(plain, tokens())
@@ -230,6 +231,23 @@ def test_both_products_of_a_head_in_chunks_are_in_fp8() -> None:
     x, grad = (torch.randn(512, size, generator=torch.Generator().manual_seed(size)) for size in (64, 96))
     for found, exact in ((products.logits(x), x @ weight.t()), (products.input_gradient(grad), grad @ weight)):
         assert float((found - exact).norm() / exact.norm()) == pytest.approx(2**0.5 * 0.027, rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise_with_gw_hp", "rowwise", "tensorwise"])
+def test_a_plain_head_computes_the_products_of_a_float8_linear(recipe: Any) -> None:
+    head = Head(64, 96, None, "plain")
+    model = torch.nn.ModuleDict({"lm_head": head})
+    convert(model, experts=False, lm_head=True, recipe=recipe)  # type: ignore[arg-type]
+    linear = Float8Linear.from_float(torch.nn.Linear(64, 96, bias=False), recipe_config(recipe, emulate=True))
+    linear.weight.data.copy_(head.weight)
+    results = []
+    for product in (linear, lambda x: model["lm_head"].linear(x, head.weight)):
+        x = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = product(x)
+        y.backward(torch.randn(48, 96, generator=torch.Generator().manual_seed(1)))
+        results.append((y, x.grad))
+    assert all(torch.equal(theirs, ours) for theirs, ours in zip(*results, strict=True))
+    assert torch.equal(linear.weight.grad, head.weight.grad)  # type: ignore[arg-type]
 
 
 def test_stale_copies_anywhere_in_a_model_are_named() -> None:

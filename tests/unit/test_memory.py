@@ -48,6 +48,25 @@ def test_eight_ranks_divide_states_among_those_that_hold_a_copy(
     assert got == pytest.approx(expected, abs=16)  # bytes are whole numbers
 
 
+@pytest.mark.parametrize(
+    ("fp8", "head", "expert"),
+    [
+        ((), 0, 2),
+        (("run.fp8.lm_head=true",), 2, 2),
+        (("run.fp8.lm_head=true", "run.fp8.experts=false"), 2, 0),
+        (("run.fp8.lm_head=true", "run.train.cross_entropy=plain"), 0, 2),
+        (("run.fp8.recipe=rowwise",), 0, 0),
+        (("run.model.moe.expert_backend=loop",), 0, 0),
+    ],
+)
+def test_fp8_copies_take_two_bytes_a_weight_of_local_experts_and_of_a_head_in_chunks(
+    fp8: tuple[str, ...], head: int, expert: int
+) -> None:
+    model = moe_tiny().model
+    expected = head * model.vocab_size * model.hidden_size + expert * count_parameters(model).expert // 4
+    assert states(8, 4, "run.fp8.enabled=true", *fp8) - states(8, 4) == expected
+
+
 OFFLOAD = ("zero_optimization.offload_optimizer.device=cpu", "zero_force_ds_cpu_optimizer=false")
 
 

@@ -130,6 +130,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "run.fp8.enabled=true is not supported at zero_optimization.stage=3, which takes weights away between the "
         "passes. Use stage 1 or 2.",
     ),
+    (
+        fp8(min_reduced_width=100.0),
+        "run.fp8.min_reduced_width=100.0 converts nothing: of what is asked for, N*K/(N+K) is 16 at the most. Use a "
+        "smaller one, or remove run.fp8.",
+    ),
     # missing
     (
         {"run": None},
