@@ -105,7 +105,7 @@ def casts(content: Content) -> Judgement:
             except NotMeasured as why:
                 reasons.append(str(why))
         if not found:
-            raise NotMeasured("; ".join(reasons))
+            raise NotMeasured("; ".join(dict.fromkeys(reasons)))
         fastest[what] = max(found)
     slowest = min(fastest, key=fastest.__getitem__)
     shown = f"{fastest[slowest]:.2f} ({slowest}) to {max(fastest.values()):.2f} TB/s"
