@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,17 @@ def four_ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def watch() -> Iterator[Any]:
+    """A CompileWatch over a dynamo that has compiled nothing."""
+    import torch
+
+    from model.compiling import CompileWatch
+
+    torch._dynamo.reset()
+    watch = CompileWatch()
+    yield watch
+    watch.close()
+    torch._dynamo.reset()

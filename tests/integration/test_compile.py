@@ -66,15 +66,6 @@ def one_pass(model: GPT, tokens: torch.Tensor) -> float:
     return loss.item()
 
 
-@pytest.fixture
-def watch() -> Any:
-    torch._dynamo.reset()
-    watch = CompileWatch()
-    yield watch
-    watch.close()
-    torch._dynamo.reset()
-
-
 def test_static_blocks_make_one_graph_of_a_kind_and_are_never_compiled_again(watch: CompileWatch) -> None:
     check_graphs(watch)
 

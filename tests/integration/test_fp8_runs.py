@@ -28,15 +28,6 @@ SETTINGS = ("run.fp8.enabled=true", "run.fp8.dense=true", "run.fp8.lm_head=true"
 # --- compiled -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def watch() -> Any:
-    torch._dynamo.reset()
-    watch = CompileWatch()
-    yield watch
-    watch.close()
-    torch._dynamo.reset()
-
-
 def build(mode: Any, fp8: dict[str, Any], *settings: str) -> GPT:
     model = GPT(load_run(TINY, list(settings)).model, seed=3)
     wake_up(model, 0, 4)
