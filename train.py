@@ -57,9 +57,10 @@ from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, pe
 from model.loss import refuse_cross_entropy
 from model.optim import assign, assignment_table, build_optimizer, set_lr
 from model.profile import Report, StepProfile, part
+from model.router import selection_bias_ME, update_selection_bias
 from model.schedule import lr_factor
 from model.splits import Data, open_data
-from model.stats import StepStats
+from model.stats import StepStats, StepTotals, bias_metrics
 
 
 class NotFinite(RuntimeError):
@@ -280,7 +281,8 @@ class Trainer:
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
             metrics = {}
-            if saving or self.step == 1 or self.is_due(train.log_every) or self.engine.skipped_steps:
+            logging_is_due = self.is_due(train.log_every) or self.is_due(train.expert_load_every)
+            if saving or self.step == 1 or logging_is_due or self.engine.skipped_steps:
                 metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
@@ -345,14 +347,16 @@ class Trainer:
 
     def train_step(self) -> StepStats:
         """One optimizer step: all its micro-steps, on this rank's share of the next train_batch_size sequences."""
-        stats = StepStats()
+        moe = self.run.model.moe
+        stats = StepStats(len(self.run.model.moe_layers), moe.num_experts if moe is not None else 0, self.engine.device)
         set_lr(self.engine.optimizer, self.lr_factor)
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
             with part("data"):
                 batch = self.on_device(self.data.train.batches.micro_batch(self.samples))
-            loss, micro_stats = self.engine(*batch)
+            earlier = (stats.tokens_per_expert_ME,) if moe is not None and moe.aux_over_global_batch else ()
+            loss, micro_stats = self.engine(*batch, *earlier)
             self.engine.backward(loss)
             with part("optimizer"):
                 self.engine.step()
@@ -360,6 +364,8 @@ class Trainer:
             self.samples += self.data.train.batches.samples_per_micro_step
         with part("optimizer"):
             refresh_fp8(self.engine.module)
+        with part("router"):
+            update_selection_bias(self.engine.module, stats.tokens_per_expert_ME)
         self.timer.stop()
         self.step += 1
         self.tell_recompiles("training step")
@@ -427,7 +433,7 @@ class Trainer:
 
     def train_metrics(self, stats: StepStats) -> dict[str, float]:
         """Metrics of the step just done; speed over the steps since the last call. All ranks call this."""
-        metrics = stats.reduce(self.run.model.moe_layers)
+        metrics = self.routing_metrics(stats.reduce())
         lr = {group["use_muon"]: group["lr"] for group in self.engine.optimizer.param_groups}
         metrics |= {"train/lr": lr[True], "train/adam_lr": lr[False]} if len(lr) == 2 else {"train/lr": lr[False]}
         norm = self.engine.get_global_grad_norm()
@@ -445,6 +451,21 @@ class Trainer:
         if self.compiles.graphs:
             metrics["time/compile_s"] = self.compiles.seconds
         return metrics | self.speed(self.timer.since_last_call()) | self.gpu_monitor.since_last_call()
+
+    def routing_metrics(self, totals: StepTotals) -> dict[str, float]:
+        """Loss and routing of the step just done; the load of every expert goes into a file of its own."""
+        layers = self.run.model.moe_layers
+        metrics = totals.metrics(layers)
+        if not layers:
+            return metrics
+        bias_ME = selection_bias_ME(self.engine.module)
+        detail = {"layers": layers, "tokens_per_expert": totals.tokens_per_expert_ME.long().tolist()}
+        if bias_ME is not None:
+            metrics |= bias_metrics(bias_ME, layers)
+            detail["selection_bias"] = bias_ME.tolist()
+        if self.step == 1 or self.is_due(self.run.train.expert_load_every or self.run.train.log_every):
+            self.log.log_expert_load(self.step, detail)
+        return metrics
 
     def refuse_not_finite(self, metrics: dict[str, float]) -> None:
         """Raise NotFinite on every rank alike. ZeRO skips the update of a gradient that is not finite and counts it."""
@@ -509,6 +530,9 @@ class Trainer:
         self.saved_step = self.step
 
     def record(self, metrics: dict[str, float]) -> None:
+        moe = self.run.model.moe
+        if metrics and moe is not None and moe.force_balanced:
+            metrics = {**metrics, "moe/force_balanced": 1.0}  # no result of such a run is without it
         self.latest |= metrics
         if metrics:
             self.log.log(self.step, metrics)

@@ -55,6 +55,8 @@ def reduced_widths(fp8: FP8Config, model: ModelConfig) -> list[float]:
         found.append(min(reduced(mlp(model.moe.ffn_hidden_size))))
     if fp8.dense:
         found += reduced([(model.hidden_size, model.hidden_size), *mlp(model.ffn_hidden_size or model.hidden_size)])
+        if model.moe is not None and model.moe.num_shared_experts:
+            found += reduced(mlp(model.moe.shared_ffn_hidden_size))
     if fp8.lm_head:
         found += reduced([(model.vocab_size, model.hidden_size)])
     return found

@@ -113,7 +113,8 @@ def elements_in_full(model: ModelConfig, layer: int) -> float:
     attention = 8 * model.hidden_size  # norms, queries, keys, values, attention output, residuals
     if model.moe is not None and model.is_moe_layer(layer):
         routes = model.moe.top_k * max(1.0, model.moe.capacity_factor)
-        return attention + routes * (2 * model.hidden_size + 3 * model.moe.ffn_hidden_size)
+        shared = 3 * model.moe.shared_ffn_hidden_size
+        return attention + shared + routes * (2 * model.hidden_size + 3 * model.moe.ffn_hidden_size)
     return attention + 2 * model.hidden_size + 3 * (model.ffn_hidden_size or 0)
 
 
@@ -123,7 +124,8 @@ def elements_kept_selectively(model: ModelConfig, layer: int) -> float:
     attention = 4 * model.hidden_size + 2 * model.kv_heads * model.head_dim
     if model.moe is not None and model.is_moe_layer(layer):
         routes = model.moe.top_k * max(1.0, model.moe.capacity_factor)
-        return attention + routes * (2 * model.hidden_size + up * model.moe.ffn_hidden_size)
+        shared = up * model.moe.shared_ffn_hidden_size
+        return attention + shared + routes * (2 * model.hidden_size + up * model.moe.ffn_hidden_size)
     return attention + model.hidden_size + up * (model.ffn_hidden_size or 0)
 
 

@@ -65,6 +65,7 @@ class TrainConfig(Section):
     sample_prompt: str = Field(default="The state of the Union", min_length=1)  # what the samples continue
     sample_tokens: int = Field(default=48, ge=0)  # in a sample; 0: no samples
     log_every: int = Field(default=10, ge=1)  # steps between lines of metrics, besides the first
+    expert_load_every: int | None = Field(default=None, ge=1)  # between lines of expert_load.jsonl; default: log_every
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
     profile_steps: int | None = Field(default=None, ge=1)  # to profile after the warm-up: trace, and time by part
     cross_entropy: CrossEntropy = "chunked"  # logits of all tokens at once, in chunks, or liger-kernel's; model/loss.py
@@ -269,6 +270,7 @@ NOT_IN_HASH = (
     ("train", "keep_last"),
     ("train", "activation_checkpointing"),
     ("train", "profile_steps"),
+    ("train", "expert_load_every"),
     ("train", "cross_entropy"),
 )
 

@@ -29,6 +29,7 @@ TAIL_STEPS = 50
 
 # Metrics that a line on the screen shows, in this order; the others are in metrics.jsonl.
 SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
+    ("moe/force_balanced", lambda value: "load forced"),
     ("train/loss", lambda value: f"loss {value:.3f}"),
     ("train/aux_loss", lambda value: f"aux {value:.2f}"),
     ("train/lr", lambda value: f"lr {value:.1e}"),
@@ -72,7 +73,8 @@ class RunLog:
         so_far = {"total_time_min": self.minutes_before} if self.minutes_before else {}
         self._write_summary("running", {**so_far, "pid": os.getpid(), "hostname": socket.gethostname()})
 
-        self.metrics = Metrics(run_dir / "metrics.jsonl", resumed_step)
+        self.metrics = StepLines(run_dir / "metrics.jsonl", resumed_step)
+        self.expert_load = StepLines(run_dir / "expert_load.jsonl", resumed_step) if run.model.moe is not None else None
         self.text = open(run_dir / "log.txt", "a", encoding="utf-8")
         self.bar = (
             tqdm(total=total_steps, initial=resumed_step, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -105,6 +107,11 @@ class RunLog:
             speed = {"tok/s": thousands(metrics["train/tok_per_sec"])} if "train/tok_per_sec" in metrics else {}
             self.bar.set_postfix({"loss": f"{metrics['train/loss']:.3f}", **speed}, refresh=False)
         self.progress(step)
+
+    def log_expert_load(self, step: int, detail: dict[str, Any]) -> None:
+        """Record what every expert got in a step: one line of expert_load.jsonl, data for a heat map over the steps."""
+        if self.enabled and self.expert_load is not None:
+            self.expert_load.append(step, detail)
 
     def progress(self, step: int) -> None:
         """Advance the bar to `step`, for steps that are not logged."""
@@ -156,8 +163,8 @@ class RunLog:
             print(text, flush=True)
 
 
-class Metrics:
-    """metrics.jsonl: one object per logged step, in order of steps, each written whole and at once."""
+class StepLines:
+    """metrics.jsonl, expert_load.jsonl: one object per logged step, in order, each written whole and at once."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Keep what was logged up to the checkpoint that is continued; without one nothing is kept."""
@@ -169,7 +176,7 @@ class Metrics:
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": -1}
         self.last_at = self.file.seek(0, os.SEEK_END) - (len(kept[-1].encode()) if kept else 0)
 
-    def append(self, step: int, metrics: dict[str, float]) -> None:
+    def append(self, step: int, values: dict[str, Any]) -> None:
         if step < self.last["step"]:
             raise ValueError(f"step {step} logged after step {self.last['step']}: steps are logged in order")
         if step == self.last["step"]:
@@ -177,7 +184,7 @@ class Metrics:
             self.file.truncate()
         else:
             self.last, self.last_at = {"step": step}, self.file.seek(0, os.SEEK_END)
-        self.last |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.last |= {name: value if is_measured(value) else None for name, value in values.items()}
         self.file.write(json.dumps(self.last, allow_nan=False).encode() + b"\n")
         self.file.flush()
 
@@ -269,6 +276,7 @@ class WandbRun:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         elif mode == "online" and not wandb.login(prompt=False, verify=False):
             raise wandb.errors.AuthenticationError("no API key; set WANDB_API_KEY, or run `wandb login`")
+        forced = run.model.moe is not None and run.model.moe.force_balanced
         settings = wandb.Settings(
             console="off",
             silent=True,
@@ -286,7 +294,7 @@ class WandbRun:
             entity=run.wandb.entity,
             group=run.wandb.group,
             name=run.wandb.name or run_dir.name,
-            tags=run.wandb.tags,
+            tags=[*run.wandb.tags, *(["force_balanced"] if forced else [])],
             config=run.resolved,
             settings=settings,
         )

@@ -15,6 +15,7 @@ CompileMode = Literal["static", "dynamic", "none"]  # what they mean stands in m
 CrossEntropy = Literal["plain", "chunked", "liger"]  # what they mean stands in model/loss.py
 FP8Recipe = Literal["rowwise_with_gw_hp", "rowwise", "tensorwise"]  # torchao's; what they mean stands in model/fp8.py
 FP8Casts = Literal["torch", "triton"]  # model/fp8_casts.py, model/fp8_kernels.py
+AuxLossScope = Literal["micro_batch", "sequence", "global_batch"]  # what they mean stands in model/router.py
 FP8_WIDTHS = 16  # the FP8 products take matrices whose both sides are multiples of this
 CROSS_ENTROPY_CHUNK = 1024  # tokens whose logits are in memory at a time under "chunked"
 
@@ -60,26 +61,82 @@ class MoEConfig(Section):
     top_k: int = Field(default=2, ge=1)  # experts that a token goes to
     layer_freq: int = Field(default=1, ge=1)  # every layer_freq-th block has experts, the last block of each such run
     ffn_hidden_size: int = Field(ge=1)  # width of an expert
+    num_shared_experts: int = Field(default=0, ge=0)  # of that width, for every token, beside those it is routed to
+    score_func: Literal["softmax", "sigmoid"] = "softmax"  # what makes scores of the router's logits
+    norm_topk_prob: bool = True  # gates: scores over the sum of the chosen; default with top_k 1: false
+    routed_scaling_factor: float = Field(default=1.0, gt=0)  # of the gates
+    num_groups: int = Field(default=1, ge=1)  # of num_experts / num_groups experts in order
+    top_k_groups: int = Field(default=1, ge=1)  # groups that a token's experts come from
     capacity_factor: float = Field(default=1.0, ge=0)  # slots of an expert over tokens * top_k / experts; 0: dropless
     eval_capacity_factor: float = Field(default=0.0, ge=0)  # 0: val/bpb must not depend on the batch around it
     min_capacity: int = Field(default=4, ge=1)  # slots of an expert at the least
+    drop_policy: Literal["position", "probability"] = "position"  # who stays: the first tokens, or the largest gates
     expert_backend: Literal["bmm", "grouped", "loop"] = "bmm"  # how experts compute; default when dropless: grouped
-    balance: Literal["aux_loss", "none"] = "aux_loss"  # what keeps the load of the experts even
-    aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses
+    balance: Literal["aux_loss", "bias", "none"] = "aux_loss"  # what keeps the load of the experts even
+    aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses; with bias: 0
+    aux_loss_scope: AuxLossScope = "micro_batch"  # whose load it evens out; sequence, global_batch: of all ranks' step
+    bias_update_rate: float = Field(default=1e-3, gt=0)  # of the selection bias, once per step (arXiv 2412.19437)
+    z_loss_coeff: float = Field(default=0.0, ge=0)  # weight of the sum of the layers' z-losses (arXiv 2202.08906)
+    force_balanced: bool = False  # for benchmarks: experts in turn, whatever the scores; results say so
 
     @model_validator(mode="before")
     @classmethod
-    def _backend_by_capacity(cls, stated: Any) -> Any:
-        if not isinstance(stated, dict) or stated.get("expert_backend") is not None:
+    def _defaults_by_other_keys(cls, stated: Any) -> Any:
+        if not isinstance(stated, dict):
             return stated
-        dropless = stated.get("capacity_factor") == 0
-        return {**stated, "expert_backend": "grouped" if dropless else "bmm"}
+        defaults = {
+            "expert_backend": "grouped" if stated.get("capacity_factor") == 0 else "bmm",
+            "norm_topk_prob": stated.get("top_k") != 1,
+        }
+        if stated.get("balance") == "bias":
+            defaults["aux_loss_coeff"] = 0.0
+        return stated | {name: value for name, value in defaults.items() if stated.get(name) is None}
+
+    @property
+    def shared_ffn_hidden_size(self) -> int:
+        """Width of the shared experts together."""
+        return self.num_shared_experts * self.ffn_hidden_size
+
+    @property
+    def has_aux_loss(self) -> bool:
+        return self.balance != "none" and self.aux_loss_coeff > 0
+
+    @property
+    def aux_over_global_batch(self) -> bool:
+        """Whether a micro-step's loss needs the load of the step's earlier ones."""
+        return self.has_aux_loss and self.aux_loss_scope == "global_batch"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k > self.num_experts:
             raise ConfigError(
                 f"top_k={self.top_k} exceeds num_experts={self.num_experts}. Use a top_k of at most {self.num_experts}."
+            )
+        if self.top_k == 1 and self.norm_topk_prob:
+            raise ConfigError(
+                "norm_topk_prob=true with top_k=1 divides every gate by itself: it is 1, and the loss does not reach "
+                "the router. Use norm_topk_prob=false, or a larger top_k."
+            )
+        if self.num_experts % self.num_groups:
+            raise ConfigError(
+                f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}. "
+                f"Use one of {divisors(self.num_experts, self.num_experts)}."
+            )
+        if self.top_k_groups > self.num_groups:
+            raise ConfigError(
+                f"top_k_groups={self.top_k_groups} exceeds num_groups={self.num_groups}. Use at most {self.num_groups}."
+            )
+        if self.num_groups > 1 and self.top_k % self.top_k_groups:
+            raise ConfigError(
+                f"top_k_groups={self.top_k_groups} does not divide top_k={self.top_k}: a group is judged by its "
+                f"top_k / top_k_groups best experts. Use one of {divisors(self.top_k, self.num_groups)}."
+            )
+        in_a_group = self.num_experts // self.num_groups
+        if self.top_k > self.top_k_groups * in_a_group:
+            raise ConfigError(
+                f"top_k={self.top_k} exceeds the {self.top_k_groups * in_a_group} experts of "
+                f"top_k_groups={self.top_k_groups} of num_groups={self.num_groups}. "
+                "Use more top_k_groups, or fewer groups."
             )
         if self.expert_backend == ("bmm" if self.capacity_factor == 0 else "grouped"):
             needs, use = ("a capacity", "grouped") if self.capacity_factor == 0 else ("dropless routing", "bmm")
@@ -90,9 +147,22 @@ class MoEConfig(Section):
         return self
 
     def without_effect(self) -> dict[str, str]:
+        unused = {}
         if self.balance == "none":
-            return {"aux_loss_coeff": "with balance='none'. Remove it, or use balance='aux_loss'."}
-        return {}
+            unused["aux_loss_coeff"] = "with balance='none'. Remove it, or use balance='aux_loss'."
+        if not self.has_aux_loss:
+            unused["aux_loss_scope"] = "without an auxiliary loss. Remove it, or set aux_loss_coeff."
+        if self.balance != "bias":
+            unused["bias_update_rate"] = f"with balance={self.balance!r}. Remove it, or use balance='bias'."
+        if self.capacity_factor == 0 and self.eval_capacity_factor == 0:
+            unused["drop_policy"] = "where nothing is dropped. Remove it, or set a capacity_factor."
+        if self.num_groups == 1:
+            unused["top_k_groups"] = "with num_groups=1. Remove it, or divide the experts into num_groups."
+        return unused
+
+
+def divisors(of: int, at_most: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(of, at_most) + 1) if of % n == 0)
 
 
 class ModelConfig(Section):
@@ -156,7 +226,7 @@ class ModelConfig(Section):
         if heads % self.kv_heads:
             raise ConfigError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_attention_heads={heads}. "
-                f"Use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}."
+                f"Use one of {divisors(heads, heads)}."
             )
         if self.moe is not None and not self.moe_layers:
             raise ConfigError(
@@ -182,7 +252,7 @@ class FP8Config(Section):
 
     enabled: bool = False  # whether any is
     experts: bool = True  # those of the experts
-    dense: bool = False  # attention projections and dense MLPs
+    dense: bool = False  # attention projections, dense MLPs and shared experts
     lm_head: bool = False  # the head, where the loss is computed
     recipe: FP8Recipe = "rowwise_with_gw_hp"  # of scales and types; rowwise: torchao's grouped operator for experts
     casts: FP8Casts = "torch"  # of the experts: plain torch, to be compiled, or Triton kernels for a GPU

@@ -1,7 +1,8 @@
 """Rows of tokens to the experts and back: who goes where, and the gathers that carry them.
 
-    plan       routes in expert order, tokens in their own order within an expert; from this two tables that invert
-               each other: row_of_route (where route t*K+k went) and route_of_row (who sits in row n)
+    plan       routes in expert order, within an expert by descending priority if there is one, then in the tokens' own
+               order; from this two tables that invert each other: row_of_route (where route t*K+k went) and
+               route_of_row (who sits in row n)
     dispatch   x [T, D] -> rows [N, D]      rows[n] = x[route_of_row[n] // K]
     combine    rows [N, D] -> y [T, D]      y[t] = sum_k gates[t, k] * rows[row_of_route[t, k]]
 
@@ -31,11 +32,23 @@ class Plan(NamedTuple):
     ends_E: Tensor  # int32, one past an expert's last route in expert order (its rows, when dropless)
 
 
-def make_plan(expert_TK: Tensor, num_experts: int, capacity: int | None) -> Plan:
-    """Give every route of expert_TK (int64 [T, K]) a row; earlier tokens first where an expert has too few."""
+def ordered_bits(numbers: Tensor) -> Tensor:
+    """int64 in the order of the numbers (rounded to fp32), within 32 bits: of negative ones the larger bits are the
+    smaller number."""
+    bits = numbers.float().view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+
+
+def make_plan(expert_TK: Tensor, num_experts: int, capacity: int | None, priority_TK: Tensor | None = None) -> Plan:
+    """Give every route of expert_TK (int64 [T, K]) a row. Where an expert has too few, those with the larger priority
+    (>= 0) come first, and among equal ones, or without any, earlier tokens."""
     routes = expert_TK.numel()
     ascending_R = torch.arange(routes, device=expert_TK.device)
-    expert_R, route_R = expert_TK.flatten().sort(stable=True)
+    if priority_TK is None or capacity is None:
+        expert_R, route_R = expert_TK.flatten().sort(stable=True)
+    else:
+        route_R = ((expert_TK << 32) - ordered_bits(priority_TK)).flatten().sort(stable=True).indices
+        expert_R = expert_TK.flatten().index_select(0, route_R)
     starts_E1 = torch.searchsorted(expert_R, torch.arange(num_experts + 1, device=expert_TK.device))
     count_E = starts_E1.diff()
     if capacity is None:

@@ -4,8 +4,8 @@ Tests build the models and compare: these counts are those of the parameters tha
 
     active    = parameters that one token passes through
     inactive  = total - active: the experts that a token does not choose
-    matmul    = active parameters that multiply (attention, MLPs or chosen experts, gates, lm_head); no embeddings
-               and no norms
+    matmul    = active parameters that multiply (attention, MLPs or chosen and shared experts, gates, lm_head); no
+               embeddings and no norms
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
             matmul += model.value_gate_size * model.kv_heads
         if model.moe is not None and model.is_moe_layer(layer):
             one_expert = mlp_parameters(D, model.moe.ffn_hidden_size, model.activation)
-            matmul += D * model.moe.num_experts + model.moe.top_k * one_expert
+            shared = mlp_parameters(D, model.moe.shared_ffn_hidden_size, model.activation)
+            matmul += D * model.moe.num_experts + model.moe.top_k * one_expert + shared
             inactive += (model.moe.num_experts - model.moe.top_k) * one_expert
             expert += model.moe.num_experts * one_expert
         else:

@@ -1,7 +1,8 @@
 """A decoder-only transformer, dense or with mixture-of-experts layers.
 
 x = norm(embed(tokens));  every block: x += attention(norm(x));  x += mlp_or_experts(norm(x))
-logits = softcap(lm_head(norm(x)));  loss = cross-entropy + aux_loss_coeff * sum over MoE layers of aux
+logits = softcap(lm_head(norm(x)))
+loss = cross-entropy + sum over MoE layers of (aux_loss_coeff * aux + z_loss_coeff * z)
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ class Stats(NamedTuple):
     cross_entropy: Tensor  # scalar, nats per target
     num_targets: Tensor  # int64 scalar
     aux_loss_M: Tensor  # fp32, 1.0 when the load is uniform
+    z_loss_M: Tensor  # fp32
+    entropy_M: Tensor  # fp32, nats: the router's, mean over tokens
     tokens_per_expert_ME: Tensor  # int64, before any route is dropped
     dropped_M: Tensor  # int64, routes without a slot
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `mlp` is an MLP or an MoELayer."""
+    """Pre-norm transformer block; `mlp` is an MLP or an MoELayer, beside which `shared_mlp` may hold shared experts.
+
+    They are one MLP of their joint width, which is the sum of theirs; and not in the MoELayer: deepspeed 0.19.8 treats
+    what is in it as routed.
+    """
 
     def __init__(
         self, config: ModelConfig, layer: int, ep_size: int, activation_checkpointing: ActivationCheckpointing
@@ -47,19 +54,22 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_affine)
         self.mlp: MLP | MoELayer
+        self.shared_mlp: MLP | None = None
         if config.moe is not None and config.is_moe_layer(layer):
             self.mlp = MoELayer(config.hidden_size, config.moe, config.activation, ep_size)
+            if config.moe.num_shared_experts:
+                self.shared_mlp = MLP(config.hidden_size, config.moe.shared_ffn_hidden_size, config.activation)
         else:
             assert config.ffn_hidden_size is not None
             self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, config.activation)
 
     def forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor]
+        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor], earlier_E: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        return run_keeping(self.activation_checkpointing, self._forward, x_BSD, tokens_BS, rotary)
+        return run_keeping(self.activation_checkpointing, self._forward, x_BSD, tokens_BS, rotary, earlier_E)
 
     def _forward(
-        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor]
+        self, x_BSD: Tensor, tokens_BS: Tensor, rotary: tuple[Tensor, Tensor], earlier_E: Tensor | None
     ) -> tuple[Tensor, RoutingStats | None]:
         with part("attention"):
             x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), tokens_BS, rotary)
@@ -67,8 +77,11 @@ class Block(nn.Module):
             with part("mlp"):
                 return x_BSD + self.mlp(self.mlp_norm(x_BSD)), None
         with part(OTHER):
-            y_BSD = self.mlp_norm(x_BSD)
-        y_BSD, stats = self.mlp(y_BSD)
+            input_BSD = self.mlp_norm(x_BSD)
+        y_BSD, stats = self.mlp(input_BSD, earlier_E)
+        if self.shared_mlp is not None:
+            with part("mlp"):
+                y_BSD = y_BSD + self.shared_mlp(input_BSD)
         with part(OTHER):
             return x_BSD + y_BSD, stats
 
@@ -114,22 +127,28 @@ class GPT(nn.Module):
         self.register_buffer("rotary_sin", sin_SR, persistent=False)
         initialize_weights(self, seed, ep_rank)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Stats]:
-        """Training loss and statistics of tokens and their next tokens, both int64 [B, S], S <= seq_len."""
-        x_BSD, routing = self._hidden(tokens_BS)
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor, earlier_ME: Tensor | None = None) -> tuple[Tensor, Stats]:
+        """Training loss and statistics of tokens and their next tokens, both int64 [B, S], S <= seq_len.
+
+        earlier_ME: this rank's tokens per expert, by MoE layer, over the earlier micro-steps of the optimizer step, for
+        moe.aux_loss_scope "global_batch". An argument and not a state: what is computed again counts nothing twice.
+        """
+        x_BSD, routing = self._hidden(tokens_BS, earlier_ME)
         with part("head and loss"):
             loss = self.lm_head(x_BSD, targets_BS)
         stats = collect_stats(loss, (targets_BS != IGNORED_TARGET).sum(), routing)
         moe = self.config.moe
-        if moe is not None and moe.balance == "aux_loss":
+        if moe is not None and moe.has_aux_loss:
             loss = loss + moe.aux_loss_coeff * torch.stack([layer.aux_loss for layer in routing]).sum()
+        if moe is not None and moe.z_loss_coeff:
+            loss = loss + moe.z_loss_coeff * torch.stack([layer.z_loss for layer in routing]).sum()
         return loss, stats
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Logits [B, S, V] of every next token, fp32."""
         return self.lm_head(self._hidden(tokens_BS)[0])
 
-    def _hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list[RoutingStats]]:
+    def _hidden(self, tokens_BS: Tensor, earlier_ME: Tensor | None = None) -> tuple[Tensor, list[RoutingStats]]:
         S = tokens_BS.shape[1]
         if S > self.config.seq_len:
             raise ValueError(f"{S} tokens exceed seq_len={self.config.seq_len}, for which the rotary tables are made")
@@ -137,8 +156,11 @@ class GPT(nn.Module):
         x_BSD = self.embedding_norm(self.token_embedding(tokens_BS))
         routing: list[RoutingStats] = []
         for block in self.blocks:
+            earlier_E = None
+            if earlier_ME is not None and isinstance(block.mlp, MoELayer):
+                earlier_E = earlier_ME[len(routing)]
             with part(BLOCK):
-                x_BSD, stats = block(x_BSD, tokens_BS, rotary)
+                x_BSD, stats = block(x_BSD, tokens_BS, rotary, earlier_E)
             if stats is not None:
                 routing.append(stats)
         return self.final_norm(x_BSD), routing
@@ -168,11 +190,21 @@ def collect_stats(cross_entropy: Tensor, num_targets: Tensor, routing: list[Rout
     """Stack the layers' statistics; a dense model has none and gets empty tensors."""
     if not routing:
         empty = num_targets.new_zeros(0)
-        return Stats(cross_entropy.detach(), num_targets, empty.float(), empty.view(0, 0), empty)
+        return Stats(
+            cross_entropy.detach(),
+            num_targets,
+            aux_loss_M=empty.float(),
+            z_loss_M=empty.float(),
+            entropy_M=empty.float(),
+            tokens_per_expert_ME=empty.view(0, 0),
+            dropped_M=empty,
+        )
     return Stats(
         cross_entropy.detach(),
         num_targets,
         torch.stack([layer.aux_loss.detach() for layer in routing]),
+        torch.stack([layer.z_loss.detach() for layer in routing]),
+        torch.stack([layer.entropy for layer in routing]),
         torch.stack([layer.tokens_per_expert_E for layer in routing]),
         torch.stack([layer.dropped for layer in routing]),
     )

@@ -64,7 +64,7 @@ all_to_all.register_autograd(_send_back, setup_context=_remember_sizes)
 
 
 class MoELayer(MoE):
-    """x_BSD -> ([B, S, D], RoutingStats). A token that loses all its routes gets zeros."""
+    """x_BSD -> ([B, S, D], RoutingStats). A token that loses all its routes gets zeros. earlier_E: see Router."""
 
     def __init__(self, hidden_size: int, config: MoEConfig, activation: str, ep_size: int = 1) -> None:
         super().__init__(hidden_size, nn.Identity(), num_experts=config.num_experts, ep_size=ep_size, k=config.top_k)
@@ -73,10 +73,12 @@ class MoELayer(MoE):
         Experts = LoopedExperts if config.expert_backend == "loop" else StackedExperts
         self.deepspeed_moe.experts = Experts(L, hidden_size, F, activation, self.expert_group_name)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, earlier_E: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         with part("router"):
-            routing: Routing = self.deepspeed_moe.gate(x_TD)
+            routing: Routing = self.deepspeed_moe.gate(x_TD, x_BSD.shape[0], earlier_E)
         plan = routing.plan
         with part("dispatch"):
             rows_ND = dispatch(x_TD, plan)

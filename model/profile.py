@@ -39,7 +39,7 @@ PARTS = (
     "router",
     "dispatch",
     "experts",
-    "mlp",  # of dense layers
+    "mlp",  # of dense layers; shared experts
     "combine",
     ALL_TO_ALL,
     "head and loss",

@@ -39,9 +39,11 @@ KEPT_OPERATORS = [
     ops.moelab.grouped_linear.default,
     ops.moelab.scaled_matmul.default,
     ops.moelab.all_to_all.default,
+    ops.moelab.sum_over_ranks.default,
     # Not for its time: what is kept lies in the order of the first pass's routing. A compiled second pass may round the
     # scores otherwise, and where two of them nearly tie, a token that goes elsewhere would move the rows of all others.
     ops.aten.topk.default,
+    ops.aten.sort.stable,  # by gates, where these decide who is dropped
 ]
 
 

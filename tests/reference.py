@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,41 +13,93 @@ from torch import Tensor
 from model.config import MoEConfig
 
 
-def choose(probs_E: Tensor, token: int, top_k: int) -> list[int]:
-    """The top_k most probable experts; among equals, the first met when counting up from token * top_k."""
-    E = len(probs_E)
-    order = sorted(range(E), key=lambda expert: (-probs_E[expert].item(), (expert - token * top_k) % E))
-    return order[:top_k]
+class Routed(NamedTuple):
+    """What the layer did; losses with gradient."""
+
+    y_TD: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    entropy: Tensor
+    kept: list[tuple[int, int]]  # routes as (token, expert)
+
+
+def choose(scores_E: Tensor, token: int, config: MoEConfig) -> list[int]:
+    """The top_k experts with the largest scores, of those in the top_k_groups groups whose best ones sum to the most.
+
+    Among equal groups, the first met when counting up from token * top_k_groups; among equal experts of a group, the
+    first met when counting up from the number of experts that equal scores have taken from it before; among equal
+    experts of several groups, those that stand equally far from where their group begins in the order of the groups.
+    """
+    E, G = config.num_experts, config.num_groups
+    size, from_group = E // G, config.top_k // config.top_k_groups
+    first = token * config.top_k_groups
+
+    def group_score(group: int) -> float:
+        members = scores_E[group * size : (group + 1) * size].tolist()
+        return sum(sorted(members, reverse=True)[:from_group])
+
+    def group_place(group: int) -> int:
+        return (group - first) % G
+
+    def place(expert: int) -> tuple[int, int]:
+        group = expert // size
+        earlier_turns = (first + group_place(group)) // G
+        return (expert % size - earlier_turns * from_group) % size, group_place(group)
+
+    groups = sorted(range(G), key=lambda group: (-group_score(group), group_place(group)))[: config.top_k_groups]
+    allowed = [expert for expert in range(E) if expert // size in groups]
+    return sorted(allowed, key=lambda expert: (-scores_E[expert].item(), place(expert)))[: config.top_k]
+
+
+def keep(gates: list[dict[int, Tensor]], config: MoEConfig) -> list[tuple[int, int]]:
+    """The routes (token, expert) that find a slot. gates: by token, of the chosen experts, in order of choice."""
+    T, K, E = len(gates), config.top_k, config.num_experts
+    routes = [(token, expert) for token in range(T) for expert in gates[token]]
+    if config.capacity_factor == 0:
+        return routes
+    capacity = max(config.min_capacity, math.ceil(Fraction(str(config.capacity_factor)) * T * K / E))
+    if config.drop_policy == "probability":
+        routes.sort(key=lambda route: -gates[route[0]][route[1]].item())  # stable: earlier tokens first among equals
+    kept, used = [], [0] * E
+    for token, expert in routes:
+        if used[expert] < capacity:
+            used[expert] += 1
+            kept.append((token, expert))
+    return kept
 
 
 def moe_layer(
-    x_TD: Tensor, wg_ED: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, config: MoEConfig, activation: str = "relu2"
-) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """(y_TD, aux_loss, kept routes as (token, expert)) of one rank's tokens in training mode."""
+    x_TD: Tensor,
+    wg_ED: Tensor,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    config: MoEConfig,
+    activation: str = "relu2",
+    bias_E: Tensor | None = None,
+) -> Routed:
+    """One rank's tokens, of one sequence, in training mode."""
     T, E, K = x_TD.shape[0], config.num_experts, config.top_k
-    capacity = (
-        T
-        if config.capacity_factor == 0
-        else max(config.min_capacity, math.ceil(Fraction(str(config.capacity_factor)) * T * K / E))
-    )
-    probs_TE = torch.softmax(x_TD @ wg_ED.t(), dim=-1)
-    used, chosen_count, kept, rows = [0] * E, [0] * E, [], []
+    logits_TE = x_TD @ wg_ED.t()
+    scores_TE = torch.softmax(logits_TE, dim=-1) if config.score_func == "softmax" else 1 / (1 + torch.exp(-logits_TE))
+    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+
+    gates: list[dict[int, Tensor]] = []
     for token in range(T):
-        experts = choose(probs_TE[token], token, K)
-        gates = [probs_TE[token, expert] for expert in experts]
-        if K > 1:
-            total = sum(gates)
-            gates = [gate / total for gate in gates]
-        row = torch.zeros_like(x_TD[token])
-        for expert, gate in zip(experts, gates, strict=True):
-            chosen_count[expert] += 1
-            if used[expert] < capacity:
-                used[expert] += 1
-                kept.append((token, expert))
-                row = row + gate * mlp(x_TD[token], w1_EFD[expert], w2_EDF[expert], activation)
-        rows.append(row)
-    aux_loss = E / K * sum(chosen_count[expert] / T * probs_TE[:, expert].mean() for expert in range(E))
-    return torch.stack(rows), aux_loss, kept
+        wanted_E = scores_TE[token] if bias_E is None else scores_TE[token] + bias_E
+        experts = choose(torch.zeros(E) if config.force_balanced else wanted_E, token, config)
+        chosen = {expert: scores_TE[token, expert] for expert in experts}
+        total = sum(chosen.values()) if config.norm_topk_prob else 1.0
+        gates.append({expert: config.routed_scaling_factor * score / total for expert, score in chosen.items()})
+
+    kept = keep(gates, config)
+    rows = [torch.zeros_like(x_D) for x_D in x_TD]
+    for token, expert in kept:
+        rows[token] = rows[token] + gates[token][expert] * mlp(x_TD[token], w1_EFD[expert], w2_EDF[expert], activation)
+    share = [sum(expert in chosen for chosen in gates) / T for expert in range(E)]
+    aux_loss = E / K * sum(share[expert] * probs_TE[:, expert].mean() for expert in range(E))
+    z_loss = (logits_TE.exp().sum(-1).log() ** 2).mean()
+    entropy = -(probs_TE * probs_TE.log()).sum(-1).mean()
+    return Routed(torch.stack(rows), torch.as_tensor(aux_loss), z_loss, entropy, kept)
 
 
 def mlp(x_D: Tensor, w1_FD: Tensor, w2_DF: Tensor, activation: str) -> Tensor:

@@ -70,7 +70,8 @@ def test_a_moe_block_equals_the_reference_in_values_and_gradients(name: str, top
         tensor.detach().clone().requires_grad_() for tensor in (tiny.x[0], tiny.gate_ED, experts.w1_ERD)
     )
     config = MoEConfig(num_experts=E, top_k=top_k, ffn_hidden_size=experts.width, capacity_factor=capacity_factor)
-    expected_TD, _, kept = reference.moe_layer(x_TD, gate_ED, w1_ERD, experts.w2_EDF, config, activation)
+    routed = reference.moe_layer(x_TD, gate_ED, w1_ERD, experts.w2_EDF, config, activation)
+    expected_TD, kept = routed.y_TD, routed.kept
     expected_TD.backward(tiny.grad[0])
 
     gate = next(each for each in block.module.parameters() if each.shape == (E, D))

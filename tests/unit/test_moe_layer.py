@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from model.experts import StackedExperts
 from model.moe import MoELayer
 from model.router import choose_top_k
 
-T, D, F, E = 24, 8, 16, 4
+T, D, F, E = 24, 8, 16, 8
 
 
 def build(activation: str = "relu2", dtype: torch.dtype = torch.float64, **moe: object) -> tuple[MoELayer, MoEConfig]:
@@ -52,53 +54,156 @@ def gradients_of(layer: MoELayer) -> list[torch.Tensor]:
     return [gate.wg.weight.grad, *both]
 
 
-# Capacity and backend; torch's grouped GEMM has no fp64, the loop beside it proves the rest of the dropless path in it.
-WAYS = [
-    (0.0, "loop", torch.float64),
-    (0.0, "grouped", torch.float32),
-    (0.5, "bmm", torch.float64),
-    (1.0, "bmm", torch.float64),
-    (1.0, "loop", torch.float64),
-    (4.0, "bmm", torch.float64),
-]
-
-
-@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-@pytest.mark.parametrize(("capacity_factor", "backend", "dtype"), WAYS)
-@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_layer_equals_the_reference_in_values_and_gradients(
-    top_k: int, capacity_factor: float, backend: str, dtype: torch.dtype, activation: str
+def assert_equals_the_reference(
+    layer: MoELayer, config: MoEConfig, dtype: torch.dtype, activation: str = "relu2"
 ) -> None:
-    layer, config = build(
-        activation, dtype, top_k=top_k, capacity_factor=capacity_factor, expert_backend=backend, min_capacity=1
-    )
-    x_BSD = torch.randn(2, T // 2, D, dtype=dtype, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    """Outputs, losses, statistics, kept routes, and the gradients of everything, all losses weighing in."""
+    x_BSD = torch.randn(1, T, D, dtype=dtype, generator=torch.Generator().manual_seed(2), requires_grad=True)
     y_BSD, stats = layer(x_BSD)
     x_TD = x_BSD.detach().reshape(T, D).clone().requires_grad_()
     wg, w1, w2 = copies_with_gradient(layer)
-    expected_TD, aux_loss, kept = reference.moe_layer(x_TD, wg, w1, w2, config, activation)
+    expected = reference.moe_layer(x_TD, wg, w1, w2, config, activation, layer.deepspeed_moe.gate.selection_bias)
 
-    torch.testing.assert_close(y_BSD.reshape(T, D), expected_TD)
-    torch.testing.assert_close(stats.aux_loss, aux_loss)
-    assert int(stats.dropped) == T * top_k - len(kept)
-    assert int(stats.tokens_per_expert_E.sum()) == T * top_k
+    torch.testing.assert_close(y_BSD.reshape(T, D), expected.y_TD)
+    for name in ("aux_loss", "z_loss", "entropy"):
+        torch.testing.assert_close(
+            getattr(stats, name), getattr(expected, name), msg=lambda text, name=name: name + text
+        )
+    assert kept_routes(layer, x_TD.detach()) == set(expected.kept)
+    assert int(stats.dropped) == T * config.top_k - len(expected.kept)
+    assert int(stats.tokens_per_expert_E.sum()) == T * config.top_k
 
     grad = torch.randn(T, D, dtype=dtype, generator=torch.Generator().manual_seed(3))
-    ((y_BSD.reshape(T, D) * grad).sum() + stats.aux_loss).backward()
-    ((expected_TD * grad).sum() + aux_loss).backward()
+    ((y_BSD.reshape(T, D) * grad).sum() + stats.aux_loss + stats.z_loss).backward()
+    ((expected.y_TD * grad).sum() + expected.aux_loss + expected.z_loss).backward()
     for name, ours, theirs in zip(("wg", "w1", "w2"), gradients_of(layer), (wg.grad, w1.grad, w2.grad), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(x_BSD.grad.reshape(T, D), x_TD.grad)
 
 
-def test_exactly_the_predicted_routes_are_dropped() -> None:
-    layer, config = build(top_k=2, capacity_factor=0.5, min_capacity=1)
+def kept_routes(layer: MoELayer, x_TD: torch.Tensor) -> set[tuple[int, int]]:
+    """Routes (token, expert) that have a row."""
+    plan, K = layer.deepspeed_moe.gate(x_TD).plan, layer.deepspeed_moe.gate.top_k
+    rows = plan.route_of_row_N.tolist()
+    if plan.capacity is None:
+        ends = plan.ends_E.tolist()
+        experts = [sum(row >= end for end in ends) for row in range(len(rows))]
+    else:
+        experts = [row // plan.capacity for row in range(len(rows))]
+    return {(route // K, expert) for route, expert in zip(rows, experts, strict=True) if route < T * K}
+
+
+# Capacity, backend, drop policy; torch's grouped GEMM has no fp64, the loop beside it proves the rest in it.
+WAYS = [
+    (0.0, "loop", "position", torch.float64),
+    (0.0, "grouped", "position", torch.float32),
+    (0.5, "bmm", "position", torch.float64),
+    (0.5, "bmm", "probability", torch.float64),
+    (0.5, "bmm", "probability", torch.float32),
+    (1.0, "bmm", "position", torch.float32),
+    (1.0, "loop", "probability", torch.float64),
+    (4.0, "bmm", "position", torch.float64),
+]
+
+
+@pytest.mark.parametrize(("capacity_factor", "backend", "drop_policy", "dtype"), WAYS)
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6])
+def test_layer_equals_the_reference_in_values_and_gradients(
+    top_k: int, score_func: str, capacity_factor: float, backend: str, drop_policy: str, dtype: torch.dtype
+) -> None:
+    dropping = {"drop_policy": drop_policy, "min_capacity": 1}
+    how = {"top_k": top_k, "score_func": score_func, "capacity_factor": capacity_factor, "expert_backend": backend}
+    layer, config = build("relu2", dtype, **how, **(dropping if capacity_factor else {}), z_loss_coeff=1.0)
+    assert_equals_the_reference(layer, config, dtype)
+
+
+@pytest.mark.parametrize(("capacity_factor", "backend"), [(0.0, "grouped"), (0.5, "bmm"), (1.0, "loop")])
+def test_gated_experts_equal_the_reference(capacity_factor: float, backend: str) -> None:
+    layer, config = build(
+        "swiglu", torch.float32, capacity_factor=capacity_factor, expert_backend=backend, z_loss_coeff=1.0
+    )
+    assert_equals_the_reference(layer, config, torch.float32, "swiglu")
+
+
+RULES = {
+    "raw gates": {"top_k": 4, "norm_topk_prob": False},
+    "raw sigmoid gates": {"top_k": 4, "score_func": "sigmoid", "norm_topk_prob": False},
+    "scaled gates": {"top_k": 2, "routed_scaling_factor": 2.5},
+    "scaled raw gate": {"top_k": 1, "routed_scaling_factor": 2.5, "score_func": "sigmoid"},
+    "bias": {"top_k": 2, "balance": "bias", "aux_loss_coeff": 0.1},
+    "bias on sigmoids": {"top_k": 2, "balance": "bias", "aux_loss_coeff": 0.1, "score_func": "sigmoid"},
+    "one group of four": {"top_k": 2, "num_groups": 4, "top_k_groups": 1},
+    "two groups of four": {"top_k": 4, "num_groups": 4, "top_k_groups": 2},
+    "two groups of two": {"top_k": 6, "num_groups": 2, "top_k_groups": 2},
+    "one group of two": {"top_k": 3, "num_groups": 2, "top_k_groups": 1, "score_func": "sigmoid"},
+    "groups by biased scores": {
+        "top_k": 4,
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "balance": "bias",
+        "aux_loss_coeff": 0.1,
+        "score_func": "sigmoid",
+        "routed_scaling_factor": 2.5,
+    },
+    "load forced": {"top_k": 2, "force_balanced": True},
+}
+
+
+@pytest.mark.parametrize("dropping", [{"capacity_factor": 0.0}, {"capacity_factor": 0.5, "drop_policy": "probability"}])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_routing_rule_equals_the_reference(rule: str, dropping: dict[str, object]) -> None:
+    loop = {"expert_backend": "loop", "z_loss_coeff": 1.0}
+    layer, config = build("relu2", torch.float64, **RULES[rule], **dropping, **loop)
+    bias_E = layer.deepspeed_moe.gate.selection_bias
+    if bias_E is not None:
+        bias_E.copy_(torch.randn(E, generator=torch.Generator().manual_seed(4)) * 0.1)
+    assert_equals_the_reference(layer, config, torch.float64)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_routing_rule_spreads_equal_scores_evenly(rule: str) -> None:
+    """A zero gate, as at step 0: whatever the rule, every expert gets the same number of tokens."""
+    layer, config = build("relu2", torch.float64, **RULES[rule], capacity_factor=1.0)
+    torch.nn.init.zeros_(layer.deepspeed_moe.gate.wg.weight)
+    _, stats = layer(torch.randn(1, T, D, dtype=torch.float64))
+    assert stats.tokens_per_expert_E.tolist() == [T * config.top_k / E] * E
+    assert stats.aux_loss.item() == pytest.approx(1.0, abs=1e-12)
+    assert stats.entropy.item() == pytest.approx(math.log(E))
+    assert int(stats.dropped) == 0
+
+
+def test_a_bias_changes_who_is_chosen_and_no_gate() -> None:
+    layer, _ = build(top_k=2, capacity_factor=0.0, expert_backend="loop", balance="bias", norm_topk_prob=False)
+    gate = layer.deepspeed_moe.gate
     x_TD = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    plan = layer.deepspeed_moe.gate(x_TD).plan
-    *_, kept = reference.moe_layer(x_TD, *weights_of(layer), config)
-    table = plan.route_of_row_N.view(E, plan.capacity)
-    ours = {(int(route) // 2, expert) for expert in range(E) for route in table[expert] if route < T * 2}
-    assert ours == set(kept)
+    gate.selection_bias[3] = 10.0
+    routing = gate(x_TD)
+    assert routing.stats.tokens_per_expert_E[3] == T
+    scores_TE = torch.softmax(x_TD @ gate.wg.weight.t(), dim=-1)
+    chosen = {(token, expert) for token, expert in kept_routes(layer, x_TD) if expert == 3}
+    assert len(chosen) == T
+    torch.testing.assert_close(routing.gates_TK[:, 0], scores_TE[:, 3])  # first of all, and weighed as without the bias
+
+
+def test_forced_balance_ignores_scores_and_keeps_their_gates() -> None:
+    layer, _ = build(top_k=1, capacity_factor=1.0, force_balanced=True)
+    prefer_expert_two(layer)
+    x_TD = torch.ones(T, D, dtype=torch.float64)
+    routing = layer.deepspeed_moe.gate(x_TD)
+    assert routing.stats.tokens_per_expert_E.tolist() == [T // E] * E
+    scores_E = torch.softmax(x_TD[0] @ layer.deepspeed_moe.gate.wg.weight.t(), dim=-1)
+    torch.testing.assert_close(routing.gates_TK.flatten(), scores_E[torch.arange(T) % E])
+
+
+def test_very_negative_logits_of_sigmoids_give_no_nan() -> None:
+    layer, _ = build(dtype=torch.float32, top_k=2, capacity_factor=0.0, score_func="sigmoid", z_loss_coeff=1.0)
+    torch.nn.init.constant_(layer.deepspeed_moe.gate.wg.weight, -100.0)
+    y, stats = layer(torch.ones(1, T, D))
+    (y.sum() + stats.aux_loss + stats.z_loss).backward()
+    assert y.isfinite().all()
+    assert y.abs().max() > 0
+    assert layer.deepspeed_moe.gate.wg.weight.grad.isfinite().all()
 
 
 @torch.no_grad()
@@ -112,7 +217,7 @@ def test_dropless_keeps_every_route_even_when_all_choose_one_expert() -> None:
     layer, _ = build(dtype=torch.float32, top_k=1, capacity_factor=0.0)
     prefer_expert_two(layer)
     _, stats = layer(torch.ones(1, T, D))
-    assert stats.tokens_per_expert_E.tolist() == [0, 0, T, 0]
+    assert stats.tokens_per_expert_E.tolist() == [0, 0, T, *[0] * (E - 3)]
     assert int(stats.dropped) == 0
 
 
@@ -123,7 +228,7 @@ def test_experts_without_tokens_give_zero_gradients_and_no_nan(capacity_factor: 
     y, _ = layer(torch.ones(1, T, D))
     y.sum().backward()
     for grad in gradients_of(layer)[1:]:
-        assert grad[[0, 1, 3]].abs().max() == 0
+        assert grad[[0, 1, *range(3, E)]].abs().max() == 0
         assert grad[2].abs().max() > 0
         assert grad.isfinite().all()
 
@@ -135,7 +240,7 @@ def test_rows_without_a_token_are_zeros_for_the_experts_and_in_their_output() ->
     plan = layer.deepspeed_moe.gate(x_TD).plan
     rows_ECD = dispatch(x_TD, plan).view(E, -1, D)
     for each in (rows_ECD, layer.deepspeed_moe.experts(rows_ECD)):
-        assert each[[0, 1, 3]].abs().max() == 0
+        assert each[[0, 1, *range(3, E)]].abs().max() == 0
         assert each[2].abs().min() > 0
 
 
@@ -168,14 +273,6 @@ def test_equal_scores_load_all_experts_evenly(num_experts: int, top_k: int) -> N
 def test_different_scores_are_chosen_as_topk_does() -> None:
     scores_TE = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(choose_top_k(scores_TE, 3), scores_TE.topk(3).indices)
-
-
-def test_a_zero_gate_reads_an_aux_loss_of_one() -> None:
-    layer, _ = build(top_k=2, capacity_factor=1.0)
-    torch.nn.init.zeros_(layer.deepspeed_moe.gate.wg.weight)
-    _, stats = layer(torch.randn(1, T, D, dtype=torch.float64))
-    assert stats.aux_loss.item() == pytest.approx(1.0, abs=1e-6)
-    assert int(stats.dropped) == 0
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -100,7 +100,7 @@ BLOCK_COLUMNS = {
     "compile s": lambda row: number(row, "compile_s", 0),
 }
 STEP_COLUMNS = {
-    "run": lambda row: f"`{row['run']}`",
+    "run": lambda row: f"`{row['run']}`" + (", load forced" if row.get("moe/force_balanced") else ""),
     "commit": lambda row: commit(row),
     "ranks": lambda row: number(row, "world_size", 0),
     "tok/s": lambda row: row["error"].replace("|", "/") if "error" in row else number(row, "tok_per_sec_median", 0),

@@ -30,7 +30,7 @@ MEDIANS = {  # in a row, with their spread over the rounds: what summary.json ca
     "peak_mem_mib": "peak_mem_mib",
     "compile_s": "time/compile_s",
 }
-FACTS = ("device", "world_size", "ep_size", "tail_steps", "flops_per_token", "peak_flops")
+FACTS = ("device", "world_size", "ep_size", "tail_steps", "flops_per_token", "peak_flops", "moe/force_balanced")
 
 
 class Trial(NamedTuple):
