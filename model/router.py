@@ -215,7 +215,7 @@ class Router(TopKGate):
             return E / K * (load_BE * probs_BE).sum(1).mean()
         if scope == "global_batch" and self.training:
             total_E = sum_over_ranks(count_E if earlier_E is None else count_E + earlier_E.to(count_E.dtype))
-            load_E = total_E.to(probs_TE.dtype) * (K / total_E.sum())
+            load_E = K * total_E.to(probs_TE.dtype) / total_E.sum()
         else:
             load_E = count_E.to(probs_TE.dtype) / T
         return E / K * (load_E * probs_TE.mean(0)).sum()

@@ -21,6 +21,7 @@ from model.compiling import CompileWatch, compile_blocks
 from model.config import ActivationCheckpointing, CompileMode, MoEConfig
 from model.gpt import GPT
 from model.moe import MoELayer
+from model.router import update_selection_bias
 from ranks import RankPool, train_on_this_rank
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
@@ -57,12 +58,13 @@ def build(mode: CompileMode, how: ActivationCheckpointing = "none", *settings: s
     return model
 
 
-def one_pass(model: GPT, tokens: torch.Tensor) -> float:
-    """Loss of a training pass, or with a model in evaluation mode of a validation pass."""
+def one_pass(model: GPT, tokens: torch.Tensor, *earlier: torch.Tensor) -> float:
+    """Loss of a training pass, or with a model in evaluation mode of a validation pass. A selection bias then moves."""
     with torch.set_grad_enabled(model.training):
-        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+        loss, stats = model(tokens[:, :-1], tokens[:, 1:], *earlier)
     if model.training:
         loss.backward()
+        update_selection_bias(model, stats.tokens_per_expert_ME.double())
     return loss.item()
 
 
@@ -74,11 +76,44 @@ def test_so_do_static_dropless_blocks_on_one_rank(watch: CompileWatch, traced: N
     check_graphs(watch, "run.model.moe.capacity_factor=0.0")
 
 
-def check_graphs(watch: CompileWatch, *settings: str) -> None:
+BIASED = {
+    "score_func": "sigmoid",
+    "num_groups": 2,
+    "top_k_groups": 2,
+    "num_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "balance": "bias",
+    "bias_update_rate": 0.05,
+    "aux_loss_scope": "sequence",
+    "aux_loss_coeff": 0.1,
+}
+RULES = {
+    "drops by gates": {"top_k": 1, "capacity_factor": 0.5, "drop_policy": "probability"},
+    "raw gates and a z-loss": {"norm_topk_prob": False, "z_loss_coeff": 0.1, "aux_loss_coeff": 0.0},
+    "load over the global batch": {"aux_loss_scope": "global_batch", "aux_loss_coeff": 0.5, "capacity_factor": 0.0},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_so_do_blocks_of_every_routing_rule(watch: CompileWatch, traced: None, rule: str) -> None:
+    check_rule(watch, RULES[rule])
+
+
+def test_so_do_blocks_with_a_selection_bias_which_is_read_anew_in_every_step(watch: CompileWatch) -> None:
+    check_rule(watch, BIASED)
+
+
+def check_rule(watch: CompileWatch, rule: dict[str, Any]) -> None:
+    settings = [f"run.model.moe.{key}={json.dumps(value)}" for key, value in rule.items()]
+    check_graphs(watch, *settings, earlier=(torch.tensor([[90.0, 10.0, 20.0, 8.0], [0.0, 64.0, 60.0, 4.0]]),))
+
+
+def check_graphs(watch: CompileWatch, *settings: str, earlier: tuple[torch.Tensor, ...] = ()) -> None:
     torch._dynamo.utils.counters.clear()
     model, plain = build("static", "none", *settings), build("none", "none", *settings)
     for step in range(3):
-        assert one_pass(model, batch(step)) == pytest.approx(one_pass(plain, batch(step)), rel=1e-6)
+        expected = one_pass(plain, batch(step), *earlier)
+        assert one_pass(model, batch(step), *earlier) == pytest.approx(expected, rel=1e-6)
         assert watch.look("training step") == []
     assert watch.graphs == TRAINING
     for name, parameter in model.named_parameters():
@@ -87,7 +122,7 @@ def check_graphs(watch: CompileWatch, *settings: str) -> None:
         assert one_pass(model.eval(), batch(step)) == pytest.approx(one_pass(plain.eval(), batch(step)), rel=1e-6)
         assert watch.look("validation") == []
     assert watch.graphs == TRAINING + VALIDATION
-    one_pass(model.train(), batch(3))
+    one_pass(model.train(), batch(3), *earlier)
     assert watch.look("training step") == []
     assert not torch._dynamo.utils.counters["graph_break"]
     assert watch.seconds > 0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from deepspeed.moe.utils import is_moe_param
 
 import reference
-from model.config import MoEConfig
+from model.attention import rotary_tables
+from model.config import ModelConfig, MoEConfig
 from model.dispatch import dispatch, make_plan
-from model.experts import StackedExperts
+from model.experts import StackedExperts, grouped_linear
+from model.gpt import GPT
 from model.moe import MoELayer
 from model.router import choose_top_k
 
@@ -288,3 +292,102 @@ def test_evaluation_uses_its_own_capacity() -> None:
     x = torch.randn(1, T, D)
     assert int(layer(x)[1].dropped) > 0
     assert int(layer.eval()(x)[1].dropped) == 0
+
+
+# --- memory that nobody initialised -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """All memory that torch hands out uninitialised holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_the_middle_of_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, in memory that holds NaN before and behind them."""
+    room = torch.full((tensor.shape[0] + 16, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype)
+    room[8:-8] = tensor.detach()
+    return room[8:-8].requires_grad_()
+
+
+# torch's own tolerances of each type, for sums of up to 24 products of about 1.
+ROUNDED = {torch.float32: {"rtol": 1.3e-6, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("counts", [[5, 0, 17, 2], [0, 0, 24, 0], [24, 0, 0, 0], [0, 0, 0, 24], [0, 0, 0, 0]], ids=str)
+def test_no_nan_around_the_rows_of_a_grouped_product_leaks_into_it(
+    poisoned: None, counts: list[int], dtype: torch.dtype
+) -> None:
+    """Rows past the last end stay uninitialised in torch's grouped GEMM: there must be none."""
+    generator = torch.Generator().manual_seed(7)
+    N, L = sum(counts), len(counts)
+    rows = in_the_middle_of_nan(torch.randn(N, D, generator=generator).to(dtype))
+    weight = in_the_middle_of_nan(torch.randn(L, F, D, generator=generator).to(dtype))
+    grad = in_the_middle_of_nan(torch.randn(N, F, generator=generator).to(dtype)).detach()
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    outputs = grouped_linear(rows, weight, ends)
+    outputs.backward(grad)
+
+    precise = [each.detach().double().requires_grad_() for each in (rows, weight)]
+    parts = zip(precise[0].split(counts), precise[1], strict=True)
+    expected = torch.cat([part @ matrix.t() for part, matrix in parts])
+    expected.backward(grad.double())
+    pairs = ((outputs, expected), (rows.grad, precise[0].grad), (weight.grad, precise[1].grad))
+    for ours, theirs in pairs:
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.double(), theirs, **ROUNDED[dtype])
+
+
+@pytest.mark.parametrize(("capacity_factor", "backend"), [(0.0, "grouped"), (0.0, "loop"), (0.5, "bmm"), (4.0, "bmm")])
+def test_a_layer_reads_no_memory_that_nobody_wrote(poisoned: None, capacity_factor: float, backend: str) -> None:
+    how = {"capacity_factor": capacity_factor, "expert_backend": backend, "z_loss_coeff": 1.0}
+    layer, config = build("relu2", torch.float32, **how)
+    assert_equals_the_reference(layer, config, torch.float32)
+
+
+# --- shared experts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_shared_experts_add_what_each_of_them_says_to_every_token(activation: str) -> None:
+    """A block whose attention is silent: x + routed(norm(x)) + the sum of the shared experts of norm(x)."""
+    moe = MoEConfig(num_experts=E, ffn_hidden_size=F, num_shared_experts=3, capacity_factor=0.0, expert_backend="loop")
+    config = ModelConfig(num_layers=1, hidden_size=D, num_attention_heads=2, seq_len=T, vocab_size=9, moe=moe)
+    block = GPT(config.model_copy(update={"activation": activation})).blocks[0].double()
+    generator = torch.Generator().manual_seed(8)
+    for parameter in block.mlp.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.5, generator=generator)
+    shared = block.shared_mlp
+    torch.nn.init.normal_(shared.w2.weight, 0.0, 0.5, generator=generator)
+    x_BSD = torch.randn(1, T, D, dtype=torch.float64, generator=generator)
+    cos_SR, sin_SR = rotary_tables(T, D // 2, 10000.0)
+    y_BSD, _ = block(x_BSD, torch.zeros(1, T, dtype=torch.int64), (cos_SR.double(), sin_SR.double()))
+    grad = torch.randn(1, T, D, dtype=torch.float64, generator=generator)
+    y_BSD.backward(grad)
+
+    input_BSD = block.mlp_norm(x_BSD).detach()
+    gates = 2 if activation == "swiglu" else 1  # the rows of w1 are those of all gates, then of all that is gated
+    w1 = shared.w1.weight.detach().view(gates, 3, F, D).unbind(1)
+    w2 = shared.w2.weight.detach().view(D, 3, F).unbind(1)
+    experts = [[m.clone().requires_grad_() for m in (a.reshape(gates * F, D), b)] for a, b in zip(w1, w2, strict=True)]
+    said = torch.stack([sum(reference.mlp(x_D, *expert, activation) for expert in experts) for x_D in input_BSD[0]])
+    torch.testing.assert_close(y_BSD, x_BSD + block.mlp(input_BSD)[0] + said)
+    said.backward(grad[0])
+    for number, (w1_FD, w2_DF) in enumerate(experts):
+        ours = shared.w1.weight.grad.view(gates, 3, F, D)[:, number].reshape(gates * F, D)
+        torch.testing.assert_close(ours, w1_FD.grad)
+        torch.testing.assert_close(shared.w2.weight.grad.view(D, 3, F)[:, number], w2_DF.grad)
+
+
+def test_shared_experts_are_outside_of_the_routed_layer() -> None:
+    """What is inside of it DeepSpeed takes for routed: it would save it by expert, and average it over fewer ranks."""
+    moe = MoEConfig(num_experts=E, ffn_hidden_size=F, num_shared_experts=1)
+    model = GPT(ModelConfig(num_layers=2, hidden_size=D, num_attention_heads=2, seq_len=T, vocab_size=9, moe=moe))
+    shared = {name: parameter for name, parameter in model.named_parameters() if "shared_mlp" in name}
+    assert len(shared) == 4
+    assert not any(is_moe_param(parameter) or "deepspeed_moe" in name for name, parameter in shared.items())

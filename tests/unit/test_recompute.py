@@ -18,6 +18,12 @@ from model.gpt import GPT, Stats
 WAYS: list[ActivationCheckpointing] = ["none", "selective", "block"]
 MOE = ["run.model.moe.capacity_factor=0.5", "run.model.moe.aux_loss_coeff=0.5"]
 DROPLESS = ["run.model.moe.capacity_factor=0.0", "run.model.activation=swiglu"]
+RULES = [
+    *("run.model.moe.score_func=sigmoid", "run.model.moe.balance=bias", "run.model.moe.num_shared_experts=1"),
+    *("run.model.moe.num_groups=2", "run.model.moe.top_k_groups=1", "run.model.moe.z_loss_coeff=0.1"),
+    *("run.model.moe.aux_loss_coeff=0.5", "run.model.moe.aux_loss_scope=global_batch"),
+    *("run.model.moe.capacity_factor=0.5", "run.model.moe.drop_policy=probability"),
+]
 DENSE = ["run.model.moe=null", "run.model.ffn_hidden_size=64", "run.model.num_kv_heads=1"]
 EXPENSIVE = ("aten.mm.default", "aten.bmm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
 
@@ -59,10 +65,11 @@ def build(settings: list[str], how: ActivationCheckpointing) -> GPT:
 
 def one_pass(model: GPT) -> tuple[torch.Tensor, Stats]:
     tokens = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(1))
-    return model(tokens[:, :-1], tokens[:, 1:])
+    earlier_ME = torch.tensor([[40.0, 10.0, 10.0, 4.0], [0.0, 0.0, 60.0, 4.0]])  # which one rule alone looks at
+    return model(tokens[:, :-1], tokens[:, 1:], earlier_ME)
 
 
-@pytest.mark.parametrize("settings", [MOE, DROPLESS, DENSE], ids=["capacity", "dropless", "dense"])
+@pytest.mark.parametrize("settings", [MOE, DROPLESS, RULES, DENSE], ids=["capacity", "dropless", "rules", "dense"])
 @pytest.mark.parametrize("how", ["selective", "block"])
 def test_loss_statistics_and_gradients_are_the_same_bits(how: ActivationCheckpointing, settings: list[str]) -> None:
     """The auxiliary loss has a weight here: counted twice, it would change the loss, the router's gradient, or both."""
@@ -98,13 +105,16 @@ def backward_counts(settings: list[str], how: ActivationCheckpointing) -> Counte
     return watch.counts
 
 
-@pytest.mark.parametrize("settings", [MOE, DROPLESS], ids=["capacity", "dropless"])
+@pytest.mark.parametrize("settings", [MOE, DROPLESS, RULES], ids=["capacity", "dropless", "rules"])
 def test_selective_neither_routes_nor_computes_experts_again(settings: list[str]) -> None:
     """Were tokens routed again and one of them elsewhere, the kept results would lie in another order."""
     counts = {how: backward_counts(settings, how) for how in WAYS}
-    for name in ("aten.topk.default", "moelab.grouped_linear.default", "aten.bmm.default"):
+    kept = ("aten.topk.default", "aten.sort.stable", "moelab.sum_over_ranks.default")
+    for name in (*kept, "moelab.grouped_linear.default", "aten.bmm.default"):
         assert counts["selective"][name] == counts["none"][name], name
-    assert counts["block"]["aten.topk.default"] == 2, "once in each of two blocks"
+    assert counts["block"]["aten.sort.stable"] == 2, "once in each of two blocks"
+    topk = 3 if settings is RULES else 1  # with groups also of the best in each, and of the best groups
+    assert counts["block"]["aten.topk.default"] == 2 * topk
 
 
 @pytest.mark.parametrize("settings", [MOE, DENSE], ids=["moe", "dense"])
