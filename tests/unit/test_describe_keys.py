@@ -23,5 +23,6 @@ def test_the_reference_tells_type_limits_default_and_meaning() -> None:
 
 def test_every_run_file_answers_a_question() -> None:
     table = README.read_text(encoding="utf-8")
-    for path in (REPO_ROOT / "ds_configs").glob("*.json"):
-        assert f"| `{path.name}` |" in table, path.name
+    folder = REPO_ROOT / "ds_configs"
+    for path in [*folder.glob("*.json"), *folder.glob("routing/*.json")]:
+        assert f"| `{path.relative_to(folder)}` |" in table, path.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launch.run_config import REPO_ROOT, load_run
@@ -31,6 +33,28 @@ def test_a_dense_model_has_nothing_inactive_and_differs_from_its_moe_by_the_gate
     dense, moe = count_parameters(DENSE_D12), count_parameters(MOE_D12)
     assert (dense.inactive, dense.expert, dense.active) == (0, 0, dense.total)
     assert moe.active_matmul - dense.active_matmul == 12 * 768 * 8
+
+
+def test_shared_experts_are_active_for_every_token() -> None:
+    moe = MOE_D12.moe
+    assert moe is not None
+    model = MOE_D12.model_copy(update={"moe": moe.model_copy(update={"num_shared_experts": 2})})
+    plain, shared = count_parameters(MOE_D12), count_parameters(model)
+    more = 12 * 2 * (2 * 768 * 1536)
+    assert (
+        shared.total - plain.total == shared.active - plain.active == shared.active_matmul - plain.active_matmul == more
+    )
+    assert (shared.inactive, shared.expert) == (plain.inactive, plain.expert), "they are not routed to"
+    assert flops_per_token(model) - flops_per_token(MOE_D12) == 6 * more
+
+
+PRESETS = sorted((REPO_ROOT / "ds_configs" / "routing").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_computes_as_much_per_token_as_the_file_that_it_patches(file: Path) -> None:
+    """Else two presets could not be compared at equal FLOPs: within 2%, which gates and whole widths cost."""
+    assert flops_per_token(load_run(file).model) == pytest.approx(flops_per_token(MOE_D12), rel=0.02)
 
 
 @pytest.mark.parametrize(("activation", "matrices"), [("relu2", 2), ("swiglu", 3)])

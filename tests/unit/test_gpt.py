@@ -15,6 +15,7 @@ from model import gpt
 from model.config import ModelConfig, MoEConfig
 from model.flops import count_parameters
 from model.gpt import GPT, named_matrices
+from model.moe import MoELayer
 
 B, S, V = 2, 16, 64
 
@@ -61,6 +62,8 @@ OPTIONS = [
     {"num_kv_heads": 1, "norm_affine": True},
     {"tie_embeddings": True},
     {"logit_softcap": 15.0},
+    {"moe": MoEConfig(num_experts=4, top_k=1, ffn_hidden_size=24, num_shared_experts=2, z_loss_coeff=0.1)},
+    {"moe": MoEConfig(num_experts=4, ffn_hidden_size=24, num_shared_experts=1, score_func="sigmoid", balance="bias")},
     {"moe": MoEConfig(num_experts=6, top_k=3, layer_freq=2, ffn_hidden_size=8), "ffn_hidden_size": 40, "num_layers": 5},
 ]
 
@@ -73,7 +76,7 @@ def test_counts_are_those_of_the_built_model(options: dict[str, object]) -> None
     assert count_parameters(model.config).expert == experts
 
 
-@pytest.mark.parametrize("file", sorted((REPO_ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", sorted((REPO_ROOT / "ds_configs").glob("**/*.json")), ids=lambda path: path.stem)
 def test_counts_of_every_run_file_are_those_of_its_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "initialize_weights", lambda *_: None)  # on the meta device there is nothing to fill
     with torch.device("meta"):
@@ -87,6 +90,24 @@ def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
     loss_of(model).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert without == []
+
+
+PRESETS = sorted((REPO_ROOT / "ds_configs" / "routing").glob("*.json"))
+NARROW = ("hidden_size=32", "num_attention_heads=2", "seq_len=32", "vocab_size=512", "moe.ffn_hidden_size=16")
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda path: path.stem)
+def test_a_routing_preset_trains_every_parameter_and_every_expert_that_a_token_chose(file: Path) -> None:
+    """With all of its experts, in a narrow model of two layers."""
+    sizes = [f"run.model.{size}" for size in ("num_layers=2", *NARROW)]
+    model = randomize(GPT(load_run(file, sizes).model))
+    batch = torch.randint(0, 512, (16, 33), generator=torch.Generator().manual_seed(2))
+    loss, stats = model(batch[:, :-1], batch[:, 1:])
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if not p.grad.abs().max() > 0] == []
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoELayer)]
+    for layer, tokens_E in zip(layers, stats.tokens_per_expert_ME, strict=True):
+        assert torch.equal(layer.deepspeed_moe.experts.w2.grad.abs().amax((1, 2)) > 0, tokens_E > 0)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -363,6 +363,55 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "run.model.ffn_hidden_size=64 has no effect: every block has experts (moe.layer_freq=1). "
         "Remove it, or set moe.ffn_hidden_size for the width of an expert.",
     ),
+    # routing
+    (
+        moe(top_k=1, norm_topk_prob=True),
+        "run.model.moe.norm_topk_prob=true with top_k=1 divides every gate by itself: it is 1, and the loss does not "
+        "reach the router. Use norm_topk_prob=false, or a larger top_k.",
+    ),
+    (moe(num_groups=3), "run.model.moe.num_groups=3 does not divide num_experts=4. Use one of 1, 2, 4."),
+    (
+        moe(num_groups=2, top_k_groups=3),
+        "run.model.moe.top_k_groups=3 exceeds num_groups=2. Use at most 2.",
+    ),
+    (
+        moe(top_k=3, num_groups=2, top_k_groups=2),
+        "run.model.moe.top_k_groups=2 does not divide top_k=3: a group is judged by its top_k / top_k_groups best "
+        "experts. Use one of 1.",
+    ),
+    (
+        moe(num_groups=4, top_k_groups=1),
+        "run.model.moe.top_k=2 exceeds the 1 experts of top_k_groups=1 of num_groups=4. Use more top_k_groups, or "
+        "fewer groups.",
+    ),
+    (
+        moe(score_func="tanh"),
+        "run.model.moe.score_func=\"tanh\": should be 'softmax' or 'sigmoid'.",
+    ),
+    (
+        moe(top_k_groups=2),
+        "run.model.moe.top_k_groups=2 has no effect with num_groups=1. Remove it, or divide the experts into "
+        "num_groups.",
+    ),
+    (
+        moe(capacity_factor=0.0, drop_policy="probability"),
+        "run.model.moe.drop_policy=probability has no effect where nothing is dropped. Remove it, or set a "
+        "capacity_factor.",
+    ),
+    (
+        moe(bias_update_rate=0.01),
+        "run.model.moe.bias_update_rate=0.01 has no effect with balance='aux_loss'. Remove it, or use balance='bias'.",
+    ),
+    (
+        moe(balance="bias", aux_loss_scope="sequence"),
+        "run.model.moe.aux_loss_scope=sequence has no effect without an auxiliary loss. Remove it, or set "
+        "aux_loss_coeff.",
+    ),
+    (
+        moe(balance="none", aux_loss_scope="global_batch"),
+        "run.model.moe.aux_loss_scope=global_batch has no effect without an auxiliary loss. Remove it, or set "
+        "aux_loss_coeff.",
+    ),
     (
         moe(balance="none", aux_loss_coeff=0.01),
         "run.model.moe.aux_loss_coeff=0.01 has no effect with balance='none'. Remove it, or use balance='aux_loss'.",
