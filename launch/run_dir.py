@@ -1,6 +1,6 @@
 """The run folder: what lies in it, whether a run may begin or continue there, and files that are never half written.
 
-config.json  env.json  metrics.jsonl  summary.json  log.txt  rank*.err  checkpoints/  wandb/
+config.json  env.json  metrics.jsonl  expert_load.jsonl  summary.json  log.txt  rank*.err  checkpoints/  wandb/
 profile/  of the last attempt with run.train.profile_steps: trace.json.gz  table.md  parts.json (model/profile.py)
 """
 

@@ -257,11 +257,29 @@ def test_validation_data_is_that_of_a_built_in_dataset_and_else_must_be_named(
     assert load(tmp_path, patch).data.val == val
 
 
+def test_gates_are_normalised_but_for_top_1_and_a_bias_needs_no_auxiliary_loss(tmp_path: Path) -> None:
+    def moe_of(patch: dict[str, Any]) -> Any:
+        return load(tmp_path, patch).model.moe
+
+    assert [moe_of(moe(top_k=k)).norm_topk_prob for k in (1, 2)] == [False, True]
+    assert moe_of(moe(norm_topk_prob=False)).norm_topk_prob is False
+    assert [moe_of(moe(balance=balance)).has_aux_loss for balance in ("aux_loss", "bias", "none")] == [
+        True,
+        False,
+        False,
+    ]
+    assert moe_of(moe(balance="bias", aux_loss_coeff=1e-4)).has_aux_loss
+
+
 @pytest.mark.parametrize(
     "patch",
     [
         {},
         moe(balance="none"),
+        moe(balance="bias"),
+        moe(balance="bias", aux_loss_coeff=0.1, aux_loss_scope="sequence"),
+        moe(top_k=1),
+        moe(num_groups=2, top_k_groups=2),
         moe(capacity_factor=0.0),
         train(schedule="cosine"),
         train(sample_tokens=0),
@@ -307,6 +325,7 @@ def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
         train(keep_last=7),
         train(activation_checkpointing="selective"),
         train(profile_steps=2),
+        train(expert_load_every=5),
         train(cross_entropy="plain"),
     ],
     ids=str,
