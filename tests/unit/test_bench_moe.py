@@ -487,6 +487,13 @@ def test_rows_of_training_steps_are_medians_over_their_rounds() -> None:
     ]
 
 
+def test_a_run_of_forced_balance_says_so_in_its_row() -> None:
+    forced = {"run": "a.json", **training_steps.row_of([{"tok_per_sec": 1.0, "moe/force_balanced": 1.0}])}
+    free = {"run": "a.json", **training_steps.row_of([{"tok_per_sec": 1.0}])}
+    assert "| `a.json`, load forced |" in results.tables([forced])
+    assert "forced" not in results.tables([free])
+
+
 def test_a_readme_without_a_place_for_the_tables_is_refused() -> None:
     with pytest.raises(ConfigError, match="lacks the lines"):
         results.with_results("no markers")
