@@ -71,18 +71,23 @@ def choose_top_k(scores_TE: Tensor, top_k: int, num_groups: int = 1, top_k_group
     """
     T, E = scores_TE.shape
     G, size = num_groups, E // num_groups
-    token_T1 = torch.arange(T, device=scores_TE.device).unsqueeze(1)
-    expert_E = torch.arange(E, device=scores_TE.device)
-    first_T1 = token_T1 * top_k_groups
-    group_place_TE = (expert_E // size - first_T1) % G
-    turn_TE = (first_T1 + group_place_TE) // G  # earlier turns of this expert's group
-    place_TE = (expert_E % size - turn_TE * (top_k // top_k_groups)) % size * G + group_place_TE
+    first_T1 = torch.arange(T, device=scores_TE.device).unsqueeze(1) * top_k_groups
+    group_place_TG = counted_from(first_T1 % G, G)
+    turn_TG = (first_T1 + group_place_TG) // G  # earlier turns of the group
+    place_TGs = counted_from((turn_TG * (top_k // top_k_groups) % size).unsqueeze(-1), size)
+    place_TE = (place_TGs * G + group_place_TG.unsqueeze(-1)).view(T, E)
     if top_k_groups < G:
         best_TGk = scores_TE.float().view(T, G, size).topk(top_k // top_k_groups, dim=-1).values
         group_TG = choose_top_k(best_TGk.sum(-1), top_k_groups)
         is_open_TG = torch.zeros(T, G, dtype=torch.bool, device=scores_TE.device).scatter(1, group_TG, True)
         scores_TE = scores_TE.masked_fill(~is_open_TG.repeat_interleave(size, 1), -torch.inf)
     return ((ordered_bits(scores_TE) << 31) - place_TE).topk(top_k, dim=1).indices
+
+
+def counted_from(start: Tensor, number: int) -> Tensor:
+    """Places [..., number] of 0, 1 ... number - 1 in a circle that is counted up from `start` [..., 1] < number."""
+    place = torch.arange(number, device=start.device) - start
+    return torch.where(place < 0, place + number, place)
 
 
 class TakeColumns(torch.autograd.Function):
@@ -159,16 +164,17 @@ class Router(TopKGate):
         precise = torch.promote_types(x_TD.dtype, torch.float32)  # fp32, or fp64 in tests
         logits_TE = F.linear(x_TD.to(precise), self.wg.weight.to(precise))
         if config.score_func == "softmax":
+            log_weights_TE = logits_TE
             scores_TE = probs_TE = F.softmax(logits_TE, dim=-1)
             expert_TK = self.choose(scores_TE.detach())
             gates_TK = TakeColumns.apply(scores_TE, expert_TK)
             if config.norm_topk_prob:
                 gates_TK = gates_TK / gates_TK.sum(dim=1, keepdim=True)
         else:  # a sigmoid over a sum of sigmoids is the softmax of their logarithms, and none of it underflows
-            log_scores_TE = F.logsigmoid(logits_TE)
-            probs_TE = F.softmax(log_scores_TE, dim=-1)
-            expert_TK = self.choose(log_scores_TE.detach().exp())
-            log_gates_TK = TakeColumns.apply(log_scores_TE, expert_TK)
+            log_weights_TE = F.logsigmoid(logits_TE)
+            probs_TE = F.softmax(log_weights_TE, dim=-1)
+            expert_TK = self.choose(log_weights_TE.detach().exp())
+            log_gates_TK = TakeColumns.apply(log_weights_TE, expert_TK)
             gates_TK = F.softmax(log_gates_TK, dim=-1) if config.norm_topk_prob else log_gates_TK.exp()
         if config.routed_scaling_factor != 1:
             gates_TK = gates_TK * config.routed_scaling_factor
@@ -187,7 +193,7 @@ class Router(TopKGate):
                 earlier_E,
             ),
             (logits_TE if config.z_loss_coeff else logits_TE.detach()).logsumexp(-1).square().mean(),
-            torch.special.entr(probs_TE.detach()).sum(-1).mean(),
+            mean_entropy(probs_TE.detach(), log_weights_TE.detach()),
             plan.tokens_per_expert_E,
             dropped,
         )
@@ -219,6 +225,11 @@ class Router(TopKGate):
         else:
             load_E = count_E.to(probs_TE.dtype) / T
         return E / K * (load_E * probs_TE.mean(0)).sum()
+
+
+def mean_entropy(probs_TE: Tensor, log_weights_TE: Tensor) -> Tensor:
+    """Of probs = softmax(log_weights), in nats: -sum p log p, where a p of zero adds nothing."""
+    return (log_weights_TE.logsumexp(-1) - (probs_TE * log_weights_TE).sum(-1)).mean()
 
 
 def routers_of(model: nn.Module) -> list[Router]:
