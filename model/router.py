@@ -14,7 +14,8 @@
 Balance, by any of these; in all E/K sum_e f_e P_e reads 1.0 under uniform load (Fedus et al., arXiv 2101.03961, eq. 4):
 
     micro_batch    P_e the mean of probs and f_e the share of tokens that chose e, both over this rank's micro-batch
-    sequence       the mean over sequences of the same of each (arXiv 2412.19437, eq. 17)
+    sequence       the mean over sequences of the same of each (arXiv 2412.19437, eq. 17; its eq. 18 counts the top_k of
+                   the scores, we the experts chosen, by bias and groups)
     global_batch   f_e over all ranks, and over the micro-steps of the optimizer step up to this one (arXiv 2501.11873)
     bias           no loss: after every optimizer step the bias of an expert with less than the mean load of that step,
                    over all ranks and micro-steps, grows by bias_update_rate, with more it shrinks (arXiv 2408.15664)
@@ -169,7 +170,8 @@ class Router(TopKGate):
             expert_TK = self.choose(scores_TE.detach())
             gates_TK = TakeColumns.apply(scores_TE, expert_TK)
             if config.norm_topk_prob:
-                gates_TK = gates_TK / gates_TK.sum(dim=1, keepdim=True)
+                # A bias, or force_balanced, may choose experts whose scores all underflow: gates of 0, not 0 / 0
+                gates_TK = gates_TK / gates_TK.sum(dim=1, keepdim=True).clamp(min=1e-20)
         else:  # a sigmoid over a sum of sigmoids is the softmax of their logarithms, and none of it underflows
             log_weights_TE = F.logsigmoid(logits_TE)
             probs_TE = F.softmax(log_weights_TE, dim=-1)

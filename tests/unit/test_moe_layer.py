@@ -210,6 +210,25 @@ def test_very_negative_logits_of_sigmoids_give_no_nan() -> None:
     assert layer.deepspeed_moe.gate.wg.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rule", [{"balance": "bias"}, {"force_balanced": True}], ids=["bias", "load forced"])
+def test_gates_are_finite_where_the_scores_of_all_chosen_experts_underflow(
+    rule: dict[str, object], score_func: str
+) -> None:
+    """Expert 0 would get it all; chosen are others, whose scores are 0 in fp32 and have a sum of 0."""
+    layer, _ = build(dtype=torch.float32, top_k=2, capacity_factor=0.0, score_func=score_func, **rule)
+    gate = layer.deepspeed_moe.gate
+    with torch.no_grad():
+        gate.wg.weight.fill_(-100.0)[0] = 100.0
+        if gate.selection_bias is not None:
+            gate.selection_bias[2:4] = 3.0
+    routing = gate(torch.ones(T, D))
+    assert routing.stats.tokens_per_expert_E[2:4].tolist() == [T if "balance" in rule else T * 2 // E] * 2
+    torch.testing.assert_close(routing.gates_TK.sum(1), torch.ones(T))
+    routing.gates_TK[:, 0].sum().backward()
+    assert gate.wg.weight.grad.isfinite().all()
+
+
 @torch.no_grad()
 def prefer_expert_two(layer: MoELayer) -> None:
     """With top_k 1, tokens of ones then all go to expert 2."""
