@@ -155,7 +155,9 @@ class MoEConfig(Section):
         if self.balance != "bias":
             unused["bias_update_rate"] = f"with balance={self.balance!r}. Remove it, or use balance='bias'."
         if self.capacity_factor == 0 and self.eval_capacity_factor == 0:
-            unused["drop_policy"] = "where nothing is dropped. Remove it, or set a capacity_factor."
+            unused |= dict.fromkeys(
+                ("drop_policy", "min_capacity"), "where nothing is dropped. Remove it, or set a capacity_factor."
+            )
         if self.num_groups == 1:
             unused["top_k_groups"] = "with num_groups=1. Remove it, or divide the experts into num_groups."
         return unused

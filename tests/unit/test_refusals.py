@@ -399,6 +399,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "capacity_factor.",
     ),
     (
+        moe(capacity_factor=0.0, min_capacity=8),
+        "run.model.moe.min_capacity=8 has no effect where nothing is dropped. Remove it, or set a capacity_factor.",
+    ),
+    (
         moe(bias_update_rate=0.01),
         "run.model.moe.bias_update_rate=0.01 has no effect with balance='aux_loss'. Remove it, or use balance='bias'.",
     ),
