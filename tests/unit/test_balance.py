@@ -154,6 +154,20 @@ def test_a_sequences_auxiliary_loss_is_the_mean_of_those_of_its_sequences() -> N
     assert abs(whole - gate(top_k=2)(x_TD).stats.aux_loss) > 1e-3, "as one sequence it is another number"
 
 
+def test_a_models_auxiliary_loss_by_sequence_is_that_of_its_sequences_alone() -> None:
+    dropless = ("run.model.moe.capacity_factor=0.0", "run.model.moe.expert_backend=loop")
+    model = awake(model_config("run.model.moe.aux_loss_scope=sequence", *dropless))
+    tokens, targets = batch(sequences=3)
+    alone = [model(*each)[1].aux_loss_M for each in zip(tokens.split(1), targets.split(1), strict=True)]
+    torch.testing.assert_close(model(tokens, targets)[1].aux_loss_M, torch.stack(alone).mean(0))
+
+
+def test_the_loss_is_cross_entropy_plus_the_weighted_sums_over_layers() -> None:
+    loss, stats = awake(model_config("run.model.moe.aux_loss_coeff=0.5", "run.model.moe.z_loss_coeff=0.25"))(*batch())
+    assert len(stats.aux_loss_M.unique()) == len(stats.z_loss_M.unique()) == 2
+    torch.testing.assert_close(loss, stats.cross_entropy + 0.5 * stats.aux_loss_M.sum() + 0.25 * stats.z_loss_M.sum())
+
+
 def test_evaluation_asks_no_other_rank_for_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks may have different numbers of validation batches."""
 
