@@ -405,10 +405,11 @@ class Trainer:
         folder = self.run_dir / "profile"
         folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-        write_json(folder / "parts.json", report.figures())
-        write_text(folder / "table.md", report.markdown())
+        table = "Load forced (run.model.moe.force_balanced).\n\n" * bool(self.forced) + report.markdown()
+        write_json(folder / "parts.json", report.figures() | self.forced)
+        write_text(folder / "table.md", table)
         self.log.say(
-            f"{report.markdown()}\nThese steps are left out of the figures of speed. ui.perfetto.dev shows "
+            f"{table}\nThese steps are left out of the figures of speed. ui.perfetto.dev shows "
             f"{folder / 'trace.json.gz'}."
         )
 
@@ -459,7 +460,7 @@ class Trainer:
         if not layers:
             return metrics
         bias_ME = selection_bias_ME(self.engine.module)
-        detail = {"layers": layers, "tokens_per_expert": totals.tokens_per_expert_ME.long().tolist()}
+        detail = {"layers": layers, "tokens_per_expert": totals.tokens_per_expert_ME.long().tolist(), **self.forced}
         if bias_ME is not None:
             metrics |= bias_metrics(bias_ME, layers)
             detail["selection_bias"] = bias_ME.tolist()
@@ -530,14 +531,18 @@ class Trainer:
         self.saved_step = self.step
 
     def record(self, metrics: dict[str, float]) -> None:
-        moe = self.run.model.moe
-        if metrics and moe is not None and moe.force_balanced:
-            metrics = {**metrics, "moe/force_balanced": 1.0}  # no result of such a run is without it
-        self.latest |= metrics
-        if metrics:
-            self.log.log(self.step, metrics)
-        else:
+        if not metrics:
             self.log.progress(self.step)
+            return
+        metrics = metrics | self.forced
+        self.latest |= metrics
+        self.log.log(self.step, metrics)
+
+    @property
+    def forced(self) -> dict[str, float]:
+        """What no result is without where the load of experts is forced: such a run says nothing of a model."""
+        moe = self.run.model.moe
+        return {"moe/force_balanced": 1.0} if moe is not None and moe.force_balanced else {}
 
     def is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

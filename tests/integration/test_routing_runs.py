@@ -11,6 +11,8 @@ import torch
 
 from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_STOPPED
+from model.gpt import GPT, Stats
+from model.loop import WARM_UP_STEPS
 from ranks import RankPool, train_on_this_rank
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
@@ -96,20 +98,28 @@ def test_a_resumed_run_continues_with_the_bias_that_it_had(two_ranks: RankPool, 
 
 
 def test_results_of_forced_balance_say_so_wherever_they_stand(two_ranks: RankPool, tmp_path: Path) -> None:
-    forced = ["run.model.moe.force_balanced=true", "run.train.num_steps=2", "run.train.eval_every=1"]
+    num_steps = WARM_UP_STEPS + 1
+    forced = ["run.model.moe.force_balanced=true", "run.train.eval_every=1", "run.train.profile_steps=1"]
     run_dir = tmp_path / "run"
-    assert train(two_ranks, run_dir, *forced) == EXIT_COMPLETED
+    assert train(two_ranks, run_dir, *forced, f"run.train.num_steps={num_steps}") == EXIT_COMPLETED
     lines = lines_of(run_dir / "metrics.jsonl")
-    assert [line["moe/force_balanced"] for line in lines] == [1.0] * 3
+    assert [line["moe/force_balanced"] for line in lines] == [1.0] * (1 + num_steps)
     assert all(line["moe/load_max_over_mean"] == 1.0 for line in lines[1:])
     assert json.loads((run_dir / "summary.json").read_text())["moe/force_balanced"] == 1.0
     steps = [line for line in (run_dir / "log.txt").read_text().splitlines() if line.startswith("step ")]
-    assert len(steps) == 3
+    assert len(steps) == 1 + num_steps
     assert all("load forced" in line for line in steps)
+    loads = lines_of(run_dir / "expert_load.jsonl")
+    assert [line["moe/force_balanced"] for line in loads] == [1.0] * num_steps
+    assert json.loads((run_dir / "profile" / "parts.json").read_text())["moe/force_balanced"] == 1.0
+    table = (run_dir / "profile" / "table.md").read_text()
+    assert table.startswith("Load forced (run.model.moe.force_balanced).\n")
+    assert table in (run_dir / "log.txt").read_text()
 
 
 def test_a_run_that_forces_nothing_says_nothing_of_it(biased: Path) -> None:
-    assert "force" not in (biased / "metrics.jsonl").read_text() + (biased / "log.txt").read_text()
+    for name in ("metrics.jsonl", "expert_load.jsonl", "log.txt"):
+        assert "force" not in (biased / name).read_text()
     assert "moe/force_balanced" not in json.loads((biased / "summary.json").read_text())
 
 
@@ -123,8 +133,36 @@ def test_the_load_of_experts_is_written_at_its_own_interval(two_ranks: RankPool,
     assert "selection_bias" not in lines[0]
 
 
-def test_the_auxiliary_loss_over_the_global_batch_trains_in_a_run(two_ranks: RankPool, tmp_path: Path) -> None:
-    """Its value is the load of all ranks' micro-steps: with one micro-step, that of the step's own load."""
-    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4", "train_batch_size=4"]
-    assert train(two_ranks, tmp_path / "run", *settings) == EXIT_COMPLETED
+def train_and_record_loads(run_dir: Path, settings: list[str]) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
+    """On every rank: exit code; by training micro-step, the earlier load that the model was given, and its own."""
+    given: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+    forward = GPT.forward
+
+    def recording(self: GPT, *inputs: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+        loss, stats = forward(self, *inputs)
+        if self.training:
+            given.append(inputs[2])
+            own.append(stats.tokens_per_expert_ME.double())
+        return loss, stats
+
+    GPT.forward = recording  # type: ignore[method-assign]
+    try:
+        return train_on_this_rank(TINY, run_dir, settings), given, own
+    finally:
+        GPT.forward = forward  # type: ignore[method-assign]
+
+
+def test_the_auxiliary_loss_over_the_global_batch_knows_the_earlier_micro_steps(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Each rank tells its own; the sum over ranks is taken where the loss is (test_expert_parallelism.py)."""
+    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4", "optimizer.params.lr=3e-2"]
+    for code, given, own in two_ranks.run(train_and_record_loads, tmp_path / "run", settings):
+        assert code == EXIT_COMPLETED
+        assert len(given) == 4 * 2, "two micro-steps in every step"
+        assert any(load_ME.unique().numel() > 1 for load_ME in own), "some load was uneven"
+        for first in range(0, 8, 2):
+            assert not given[first].any(), "a step begins with none"
+            assert torch.equal(given[first + 1], own[first])
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
