@@ -286,6 +286,26 @@ def test_the_two_tables_of_a_plan_invert_each_other_and_lose_no_route(capacity: 
         assert torch.equal(expert_TK.flatten()[kept], routes[kept] // capacity)
 
 
+def test_among_equal_gates_the_first_tokens_keep_their_rows() -> None:
+    expert_TK = torch.rand(T, E, generator=torch.Generator().manual_seed(6)).topk(3).indices
+    for by_gates, by_position in zip(
+        make_plan(expert_TK, E, 5, torch.ones(T, 3)), make_plan(expert_TK, E, 5), strict=True
+    ):
+        assert torch.equal(torch.as_tensor(by_gates), torch.as_tensor(by_position))
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_a_router_in_bf16_computes_in_fp32(score_func: str) -> None:
+    layer, _ = build(dtype=torch.bfloat16, top_k=2, capacity_factor=0.0, score_func=score_func, z_loss_coeff=1.0)
+    gate, x_TD = layer.deepspeed_moe.gate, torch.randn(T, D, generator=torch.Generator().manual_seed(5)).bfloat16()
+    routing = gate(x_TD)
+    precise = gate.float()(x_TD.float())
+    assert routing.gates_TK.dtype == routing.stats.z_loss.dtype == torch.float32
+    assert torch.equal(routing.gates_TK, precise.gates_TK)
+    assert torch.equal(routing.plan.route_of_row_N, precise.plan.route_of_row_N)
+    assert torch.equal(routing.stats.z_loss, precise.stats.z_loss)
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 1), (8, 2), (6, 3), (64, 6)])
 def test_equal_scores_load_all_experts_evenly(num_experts: int, top_k: int) -> None:
     chosen_TK = choose_top_k(torch.full((192, num_experts), 0.5), top_k)
