@@ -200,6 +200,24 @@ def test_a_bias_rises_where_the_load_is_below_the_mean_and_falls_above_it() -> N
     assert bias_ME.tolist() == [[0.25, -0.5, 0.25, 0.0], [-0.25, 0.25, 0.25, 0.25]]
 
 
+def test_a_bias_moves_by_the_rate_however_near_the_mean_a_load_is() -> None:
+    model = biased_model()
+    update_selection_bias(model, torch.tensor([[100.0, 100.0, 100.0, 101.0], [0.0, 0.0, 0.0, 401.0]]))
+    bias_ME = selection_bias_ME(model)
+    assert bias_ME is not None
+    assert bias_ME.tolist() == [[0.25, 0.25, 0.25, -0.25]] * 2
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "top_k_groups": 2}], ids=["no groups", "groups"])
+def test_a_bias_that_all_experts_share_changes_nothing(groups: dict[str, int], score_func: str) -> None:
+    """Biases drift together; scores below zero keep their order."""
+    router = gate(top_k=4, capacity_factor=0.0, expert_backend="loop", balance="bias", score_func=score_func, **groups)
+    plan = router(tokens_TD()).plan
+    router.selection_bias.fill_(-2.0)
+    assert torch.equal(router(tokens_TD()).plan.route_of_row_N, plan.route_of_row_N)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_forward_or_backward_pass_moves_a_bias(training: bool) -> None:
     model = biased_model().train(training)
