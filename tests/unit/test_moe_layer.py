@@ -224,7 +224,7 @@ def test_gates_are_finite_where_the_scores_of_all_chosen_experts_underflow(
             gate.selection_bias[2:4] = 3.0
     routing = gate(torch.ones(T, D))
     assert routing.stats.tokens_per_expert_E[2:4].tolist() == [T if "balance" in rule else T * 2 // E] * 2
-    torch.testing.assert_close(routing.gates_TK.sum(1), torch.ones(T))
+    assert routing.gates_TK.isfinite().all()
     routing.gates_TK[:, 0].sum().backward()
     assert gate.wg.weight.grad.isfinite().all()
 
