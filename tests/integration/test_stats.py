@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.gpt import Stats
-from model.stats import StepStats, bias_metrics, load_metrics
+from model.stats import StepStats, StepTotals, bias_metrics, load_metrics
 from ranks import RankPool
 
 
@@ -36,6 +36,16 @@ def test_load_metrics_of_a_known_load() -> None:
     assert found["moe/dead_experts"] == found["moe/layer_3/dead_experts"] == 3
     assert found["moe/dropped_frac"] == 0.25
     assert found["moe/layer_3/dropped_frac"] == 0.5
+
+
+def test_losses_and_entropy_of_a_model_are_the_means_of_its_layers() -> None:
+    two_layers = torch.tensor([[2.0, 6.0], [4.0, 20.0], [2 * math.log(2), 0.0], [0.0, 0.0]])
+    found = StepTotals(2.0, 4.0, *two_layers, torch.full((2, 2), 8.0)).metrics([1, 3])
+    assert (found["train/aux_loss"], found["train/z_loss"]) == (2.0, 6.0)
+    assert (found["moe/layer_1/aux_loss"], found["moe/layer_3/aux_loss"]) == (1.0, 3.0)
+    assert found["moe/router_entropy"] == pytest.approx(0.5)
+    assert found["moe/layer_1/router_entropy"] == pytest.approx(1.0)
+    assert found["moe/layer_3/router_entropy"] == 0.0
 
 
 def two_micro_steps() -> dict[str, float]:
@@ -71,5 +81,5 @@ def a_dense_micro_step() -> dict[str, float]:
 
 
 def test_the_range_of_biases_by_layer() -> None:
-    found = bias_metrics(torch.tensor([[0.0, 0.25, -0.5], [1.0, 1.0, 1.0]]), moe_layers=[1, 3])
-    assert found == {"moe/bias_range": 0.75, "moe/layer_1/bias_range": 0.75, "moe/layer_3/bias_range": 0.0}
+    found = bias_metrics(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.25, -0.5]]), moe_layers=[1, 3])
+    assert found == {"moe/bias_range": 0.75, "moe/layer_1/bias_range": 0.0, "moe/layer_3/bias_range": 0.75}

@@ -200,6 +200,13 @@ def test_forced_balance_ignores_scores_and_keeps_their_gates() -> None:
     torch.testing.assert_close(routing.gates_TK.flatten(), scores_E[torch.arange(T) % E])
 
 
+def test_forced_balance_ignores_a_selection_bias() -> None:
+    layer, _ = build(top_k=2, capacity_factor=1.0, force_balanced=True, balance="bias")
+    layer.deepspeed_moe.gate.selection_bias[3] = 10.0
+    _, stats = layer(torch.randn(1, T, D, dtype=torch.float64))
+    assert stats.tokens_per_expert_E.tolist() == [T * 2 // E] * E
+
+
 def test_very_negative_logits_of_sigmoids_give_no_nan() -> None:
     layer, _ = build(dtype=torch.float32, top_k=2, capacity_factor=0.0, score_func="sigmoid", z_loss_coeff=1.0)
     torch.nn.init.constant_(layer.deepspeed_moe.gate.wg.weight, -100.0)
