@@ -231,6 +231,7 @@ class Router(TopKGate):
 
 def mean_entropy(probs_TE: Tensor, log_weights_TE: Tensor) -> Tensor:
     """Of probs = softmax(log_weights), in nats: -sum p log p, where a p of zero adds nothing."""
+    log_weights_TE = log_weights_TE - log_weights_TE.amax(-1, keepdim=True)  # or a large common part would swallow it
     return (log_weights_TE.logsumexp(-1) - (probs_TE * log_weights_TE).sum(-1)).mean()
 
 

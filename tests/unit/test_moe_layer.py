@@ -236,6 +236,18 @@ def test_gates_are_finite_where_the_scores_of_all_chosen_experts_underflow(
     assert gate.wg.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("common", [0.0, 1e4, -1e8, 1e38])
+def test_the_entropy_of_a_router_is_that_of_its_probabilities_however_large_its_logits(common: float) -> None:
+    layer, _ = build(dtype=torch.float32, top_k=2, capacity_factor=0.0)
+    gate = layer.deepspeed_moe.gate
+    with torch.no_grad():
+        gate.wg.weight.zero_()
+        gate.wg.weight[:4, 0] = common
+        gate.wg.weight[4:, 0] = common if common <= 0 else 0.0
+    entropy = gate(torch.ones(T, D)).stats.entropy.item()
+    assert entropy == pytest.approx(math.log(E if common <= 0 else 4), rel=1e-6)
+
+
 @torch.no_grad()
 def prefer_expert_two(layer: MoELayer) -> None:
     """With top_k 1, tokens of ones then all go to expert 2."""
