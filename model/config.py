@@ -129,7 +129,8 @@ class MoEConfig(Section):
         if self.num_groups > 1 and self.top_k % self.top_k_groups:
             raise ConfigError(
                 f"top_k_groups={self.top_k_groups} does not divide top_k={self.top_k}: a group is judged by its "
-                f"top_k / top_k_groups best experts. Use one of {divisors(self.top_k, self.num_groups)}."
+                f"top_k / top_k_groups best experts. Use one of {divisors(self.top_k, self.num_groups)}, "
+                "or another top_k."
             )
         in_a_group = self.num_experts // self.num_groups
         if self.top_k > self.top_k_groups * in_a_group:
