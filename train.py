@@ -281,9 +281,10 @@ class Trainer:
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
             metrics = {}
-            logging_is_due = self.is_due(train.log_every) or self.is_due(train.expert_load_every)
-            if saving or self.step == 1 or logging_is_due or self.engine.skipped_steps:
+            if saving or self.step == 1 or self.is_due(train.log_every) or self.engine.skipped_steps:
                 metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
+            elif self.is_due(train.expert_load_every):
+                self.routing_metrics(stats.reduce())
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
             self.record(metrics)
@@ -459,7 +460,9 @@ class Trainer:
         if not layers:
             return metrics
         bias_ME = selection_bias_ME(self.engine.module)
-        detail = {"layers": layers, "tokens_per_expert": totals.tokens_per_expert_ME.long().tolist()}
+        detail: dict[str, Any] = {"layers": layers, "tokens_per_expert": totals.tokens_per_expert_ME.long().tolist()}
+        if self.forced:
+            detail["force_balanced"] = True
         if bias_ME is not None:
             metrics |= bias_metrics(bias_ME, layers)
             detail["selection_bias"] = bias_ME.tolist()
@@ -530,14 +533,19 @@ class Trainer:
         self.saved_step = self.step
 
     def record(self, metrics: dict[str, float]) -> None:
-        moe = self.run.model.moe
-        if metrics and moe is not None and moe.force_balanced:
+        if metrics and self.forced:
             metrics = {**metrics, "moe/force_balanced": 1.0}  # no result of such a run is without it
         self.latest |= metrics
         if metrics:
             self.log.log(self.step, metrics)
         else:
             self.log.progress(self.step)
+
+    @property
+    def forced(self) -> bool:
+        """Whether experts get tokens in turn, whatever the router says: then every record says so."""
+        moe = self.run.model.moe
+        return moe is not None and moe.force_balanced
 
     def is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

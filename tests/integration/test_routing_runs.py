@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_STOPPED
+from model.gpt import GPT, Stats
 from ranks import RankPool, train_on_this_rank
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
@@ -102,6 +104,7 @@ def test_results_of_forced_balance_say_so_wherever_they_stand(two_ranks: RankPoo
     lines = lines_of(run_dir / "metrics.jsonl")
     assert [line["moe/force_balanced"] for line in lines] == [1.0] * 3
     assert all(line["moe/load_max_over_mean"] == 1.0 for line in lines[1:])
+    assert [line["force_balanced"] for line in lines_of(run_dir / "expert_load.jsonl")] == [True] * 2
     assert json.loads((run_dir / "summary.json").read_text())["moe/force_balanced"] == 1.0
     steps = [line for line in (run_dir / "log.txt").read_text().splitlines() if line.startswith("step ")]
     assert len(steps) == 3
@@ -109,7 +112,8 @@ def test_results_of_forced_balance_say_so_wherever_they_stand(two_ranks: RankPoo
 
 
 def test_a_run_that_forces_nothing_says_nothing_of_it(biased: Path) -> None:
-    assert "force" not in (biased / "metrics.jsonl").read_text() + (biased / "log.txt").read_text()
+    files = ("metrics.jsonl", "expert_load.jsonl", "log.txt")
+    assert "force" not in "".join((biased / name).read_text() for name in files)
     assert "moe/force_balanced" not in json.loads((biased / "summary.json").read_text())
 
 
@@ -118,13 +122,43 @@ def test_the_load_of_experts_is_written_at_its_own_interval(two_ranks: RankPool,
     assert train(two_ranks, tmp_path / "run", *settings) == EXIT_COMPLETED
     lines = lines_of(tmp_path / "run" / "expert_load.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 6]
+    metrics = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 7], "which have an interval of their own"
     assert lines[0]["layers"] == [0, 1]
     assert lines[0]["tokens_per_expert"] == [[128] * 4] * 2, "a zero gate loads all experts alike"
     assert "selection_bias" not in lines[0]
 
 
-def test_the_auxiliary_loss_over_the_global_batch_trains_in_a_run(two_ranks: RankPool, tmp_path: Path) -> None:
-    """Its value is the load of all ranks' micro-steps: with one micro-step, that of the step's own load."""
-    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4", "train_batch_size=4"]
-    assert train(two_ranks, tmp_path / "run", *settings) == EXIT_COMPLETED
+def train_and_watch_earlier(run_dir: Path, settings: list[str]) -> tuple[int, list[Any]]:
+    """A run, and of every training pass the load of earlier micro-steps that it was given, beside its own load."""
+    seen: list[Any] = []
+    forward = GPT.forward
+
+    def watched(model: GPT, tokens_BS: Tensor, targets_BS: Tensor, *earlier: Tensor) -> tuple[Tensor, Stats]:
+        loss, stats = forward(model, tokens_BS, targets_BS, *earlier)
+        if model.training:
+            seen.append(([each.tolist() for each in earlier], stats.tokens_per_expert_ME.tolist()))
+        return loss, stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", watched)
+        code = train_on_this_rank(TINY, run_dir, settings)
+    return code, seen
+
+
+def test_a_micro_step_is_told_the_load_of_the_earlier_ones_of_its_step_for_the_scope_of_the_global_batch(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4"]
+    for code, seen in two_ranks.run(train_and_watch_earlier, tmp_path / "run", settings):
+        assert code == EXIT_COMPLETED
+        assert len(seen) == 8, "two micro-steps in each of four steps"
+        for (first, load), (second, _) in zip(seen[::2], seen[1::2], strict=True):
+            assert first == [[[0] * 4] * 2]
+            assert second == [load]
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_no_other_scope_is_told(two_ranks: RankPool, tmp_path: Path) -> None:
+    for code, seen in two_ranks.run(train_and_watch_earlier, tmp_path / "run", ["run.train.num_steps=1"]):
+        assert (code, [earlier for earlier, _ in seen]) == (EXIT_COMPLETED, [[], []])
