@@ -281,9 +281,10 @@ class Trainer:
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
             metrics = {}
-            logging_is_due = self.is_due(train.log_every) or self.is_due(train.expert_load_every)
-            if saving or self.step == 1 or logging_is_due or self.engine.skipped_steps:
+            if saving or self.step == 1 or self.is_due(train.log_every) or self.engine.skipped_steps:
                 metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
+            elif self.is_due(train.expert_load_every):
+                self.routing_metrics(stats.reduce())
             if self.is_due(train.eval_every):
                 metrics |= self.validate()
             self.record(metrics)
@@ -588,6 +589,7 @@ class Trainer:
             "num_steps": self.run.num_steps,
             "tokens": self.step * self.run.tokens_per_step,
             **self.latest,
+            **self.forced,
             **tail_figures(
                 seconds, self.run.tokens_per_step, self.topology.ranks, self.flops_per_token, self.peak_flops
             ),

@@ -157,6 +157,11 @@ class RunSection(Section):
                 f"train.eval_every={self.train.eval_every} has no effect without run.data.val. "
                 "Name validation data, or remove it."
             )
+        if self.train.expert_load_every is not None and self.model.moe is None:
+            raise ConfigError(
+                f"train.expert_load_every={self.train.expert_load_every} has no effect without run.model.moe. "
+                "Remove it, or give the model experts."
+            )
         return self
 
 

@@ -294,7 +294,7 @@ class WandbRun:
             entity=run.wandb.entity,
             group=run.wandb.group,
             name=run.wandb.name or run_dir.name,
-            tags=[*run.wandb.tags, *(["force_balanced"] if forced else [])],
+            tags=list(dict.fromkeys([*run.wandb.tags, *(["force_balanced"] if forced else [])])),
             config=run.resolved,
             settings=settings,
         )

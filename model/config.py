@@ -74,7 +74,7 @@ class MoEConfig(Section):
     expert_backend: Literal["bmm", "grouped", "loop"] = "bmm"  # how experts compute; default when dropless: grouped
     balance: Literal["aux_loss", "bias", "none"] = "aux_loss"  # what keeps the load of the experts even
     aux_loss_coeff: float = Field(default=0.02, ge=0)  # weight of the sum of the layers' auxiliary losses; with bias: 0
-    aux_loss_scope: AuxLossScope = "micro_batch"  # whose load it evens out; sequence, global_batch: of all ranks' step
+    aux_loss_scope: AuxLossScope = "micro_batch"  # whose load: a micro-batch's, each sequence's, all ranks' step so far
     bias_update_rate: float = Field(default=1e-3, gt=0)  # of the selection bias, once per step (arXiv 2412.19437)
     z_loss_coeff: float = Field(default=0.0, ge=0)  # weight of the sum of the layers' z-losses (arXiv 2202.08906)
     force_balanced: bool = False  # for benchmarks: experts in turn, whatever the scores; results say so
@@ -129,7 +129,8 @@ class MoEConfig(Section):
         if self.num_groups > 1 and self.top_k % self.top_k_groups:
             raise ConfigError(
                 f"top_k_groups={self.top_k_groups} does not divide top_k={self.top_k}: a group is judged by its "
-                f"top_k / top_k_groups best experts. Use one of {divisors(self.top_k, self.num_groups)}."
+                f"top_k / top_k_groups best experts. Use one of {divisors(self.top_k, self.num_groups)}, "
+                "or another top_k."
             )
         in_a_group = self.num_experts // self.num_groups
         if self.top_k > self.top_k_groups * in_a_group:

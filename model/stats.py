@@ -31,7 +31,7 @@ class StepTotals(NamedTuple):
         aux_M, z_M, entropy_M = (sums / self.micro_steps for sums in (self.aux_loss_M, self.z_loss_M, self.entropy_M))
         metrics |= {"train/aux_loss": float(aux_M.mean()), "train/z_loss": float(z_M.mean())}
         metrics |= load_metrics(self.tokens_per_expert_ME, self.dropped_M, moe_layers)
-        metrics |= of_layers("aux_loss", aux_M, moe_layers)
+        metrics |= of_layers("aux_loss", aux_M, moe_layers) | of_layers("z_loss", z_M, moe_layers)
         num_experts = self.tokens_per_expert_ME.shape[1]
         if num_experts > 1:
             undecided_M = entropy_M / math.log(num_experts)

@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from launch.run_config import REPO_ROOT, load_run
 from model.compiling import CompileWatch, compile_blocks
 from model.config import ActivationCheckpointing, CompileMode, MoEConfig
-from model.gpt import GPT
+from model.gpt import GPT, collect_stats
 from model.moe import MoELayer
 from model.router import update_selection_bias
+from model.stats import StepStats
 from ranks import RankPool, train_on_this_rank
 
 TINY = REPO_ROOT / "ds_configs" / "moe_tiny.json"
@@ -78,7 +79,7 @@ def test_so_do_static_dropless_blocks_on_one_rank(watch: CompileWatch, traced: N
 
 BIASED = {
     "score_func": "sigmoid",
-    "num_groups": 2,
+    "num_groups": 4,
     "top_k_groups": 2,
     "num_shared_experts": 1,
     "routed_scaling_factor": 2.5,
@@ -247,6 +248,8 @@ def losses_and_gradients(moe: dict[str, Any], ep_size: int, mode: CompileMode) -
     rank = dist.get_rank()
     model = GPT(tiny_model(**moe), ep_size, rank % ep_size, seed=3)
     wake_up(model, rank % ep_size, 4 // ep_size)
+    for block in model.blocks:
+        block.mlp.set_deepspeed_parallelism()  # else the engine's to do
     patch = trace_only()
     compile_blocks(model.blocks, mode)
     losses = [one_pass(model, batch(step)[4 * rank : 4 * rank + 4]) for step in range(3)]
@@ -282,12 +285,24 @@ def set_default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
 def test_one_rank_never_waits_for_a_number_that_was_computed(capacity_factor: float, training: bool) -> None:
     """Fake tensors have shapes and no numbers: whoever asks for one, as .item() and nonzero() do, raises."""
-    config = MoEConfig(num_experts=4, ffn_hidden_size=16, capacity_factor=capacity_factor)
+    check_that_the_host_never_waits({"capacity_factor": capacity_factor}, training)
+
+
+@pytest.mark.parametrize("rule", [BIASED, *RULES.values()], ids=["bias", *RULES])
+def test_nor_does_it_for_any_routing_rule_or_for_what_is_recorded_of_it(rule: dict[str, Any]) -> None:
+    check_that_the_host_never_waits(rule, training=True)
+
+
+def check_that_the_host_never_waits(moe: dict[str, Any], training: bool) -> None:
+    config = MoEConfig.model_validate({"num_experts": 4, "ffn_hidden_size": 16, **moe})
     with FakeTensorMode(), set_default_dtype(torch.bfloat16):
         layer = MoELayer(8, config, "swiglu").train(training)
         x = torch.empty(2, 32, 8, dtype=torch.bfloat16, requires_grad=True)
-        y, stats = layer(x)
-        (y.sum() + stats.aux_loss).backward()
+        totals = StepStats(1, 4, "cpu")
+        y, stats = layer(x, totals.tokens_per_expert_ME[0])
+        (y.sum() + stats.aux_loss + stats.z_loss).backward()
+        totals.add(collect_stats(y.sum(), torch.tensor(64), [stats]))
+        update_selection_bias(layer, totals.tokens_per_expert_ME)
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             stats.dropped.item()
     assert x.grad is not None
@@ -299,6 +314,7 @@ def count_questions_of_the_host(capacity_factor: float, ep_size: int) -> int:
 
     config = MoEConfig(num_experts=4, ffn_hidden_size=16, capacity_factor=capacity_factor)
     layer = MoELayer(8, config, "relu2", ep_size)
+    layer.set_deepspeed_parallelism()
     torch.nn.init.normal_(layer.deepspeed_moe.gate.wg.weight)
     for parameter in layer.deepspeed_moe.experts.parameters():
         torch.nn.init.normal_(parameter)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_STOPPED
@@ -128,41 +129,43 @@ def test_the_load_of_experts_is_written_at_its_own_interval(two_ranks: RankPool,
     assert train(two_ranks, tmp_path / "run", *settings) == EXIT_COMPLETED
     lines = lines_of(tmp_path / "run" / "expert_load.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 6]
+    metrics = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 7], "which have an interval of their own"
     assert lines[0]["layers"] == [0, 1]
     assert lines[0]["tokens_per_expert"] == [[128] * 4] * 2, "a zero gate loads all experts alike"
     assert "selection_bias" not in lines[0]
 
 
-def train_and_record_loads(run_dir: Path, settings: list[str]) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
-    """On every rank: exit code; by training micro-step, the earlier load that the model was given, and its own."""
-    given: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
+def train_and_watch_earlier(run_dir: Path, settings: list[str]) -> tuple[int, list[Any]]:
+    """A run, and of every training pass the load of earlier micro-steps that it was given, beside its own load."""
+    seen: list[Any] = []
     forward = GPT.forward
 
-    def recording(self: GPT, *inputs: torch.Tensor) -> tuple[torch.Tensor, Stats]:
-        loss, stats = forward(self, *inputs)
-        if self.training:
-            given.append(inputs[2])
-            own.append(stats.tokens_per_expert_ME.double())
+    def watched(model: GPT, tokens_BS: Tensor, targets_BS: Tensor, *earlier: Tensor) -> tuple[Tensor, Stats]:
+        loss, stats = forward(model, tokens_BS, targets_BS, *earlier)
+        if model.training:
+            seen.append(([each.tolist() for each in earlier], stats.tokens_per_expert_ME.tolist()))
         return loss, stats
 
-    GPT.forward = recording  # type: ignore[method-assign]
-    try:
-        return train_on_this_rank(TINY, run_dir, settings), given, own
-    finally:
-        GPT.forward = forward  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", watched)
+        code = train_on_this_rank(TINY, run_dir, settings)
+    return code, seen
 
 
-def test_the_auxiliary_loss_over_the_global_batch_knows_the_earlier_micro_steps(
+def test_a_micro_step_is_told_the_load_of_the_earlier_ones_of_its_step_for_the_scope_of_the_global_batch(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """Each rank tells its own; the sum over ranks is taken where the loss is (test_expert_parallelism.py)."""
-    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4", "optimizer.params.lr=3e-2"]
-    for code, given, own in two_ranks.run(train_and_record_loads, tmp_path / "run", settings):
+    settings = ["run.model.moe.aux_loss_scope=global_batch", "run.train.num_steps=4"]
+    for code, seen in two_ranks.run(train_and_watch_earlier, tmp_path / "run", settings):
         assert code == EXIT_COMPLETED
-        assert len(given) == 4 * 2, "two micro-steps in every step"
-        assert any(load_ME.unique().numel() > 1 for load_ME in own), "some load was uneven"
-        for first in range(0, 8, 2):
-            assert not given[first].any(), "a step begins with none"
-            assert torch.equal(given[first + 1], own[first])
+        assert len(seen) == 8, "two micro-steps in each of four steps"
+        for (first, load), (second, _) in zip(seen[::2], seen[1::2], strict=True):
+            assert first == [[[0] * 4] * 2]
+            assert second == [load]
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+def test_no_other_scope_is_told(two_ranks: RankPool, tmp_path: Path) -> None:
+    for code, seen in two_ranks.run(train_and_watch_earlier, tmp_path / "run", ["run.train.num_steps=1"]):
+        assert (code, [earlier for earlier, _ in seen]) == (EXIT_COMPLETED, [[], []])

@@ -61,7 +61,7 @@ def test_a_step_is_the_mean_over_micro_steps_and_ranks(two_ranks: RankPool) -> N
     for found in two_ranks.run(two_micro_steps):
         assert found["train/loss"] == pytest.approx((1 + 3 + 2 + 4) / 4)
         assert found["train/aux_loss"] == found["moe/layer_0/aux_loss"] == pytest.approx(1.5)
-        assert found["train/z_loss"] == pytest.approx(4.5)
+        assert found["train/z_loss"] == found["moe/layer_0/z_loss"] == pytest.approx(4.5)
         assert found["moe/router_entropy"] == found["moe/layer_0/router_entropy"] == pytest.approx(0.15 / math.log(2))
         assert found["moe/load_max_over_mean"] == 1.0
         assert found["moe/dropped_frac"] == pytest.approx(2 / 32)

@@ -29,6 +29,15 @@ def open_log(run_dir: Path, mode: str, resumed_step: int = 0) -> RunLog:
     return RunLog(run_dir, tiny(mode), resumed_step=resumed_step, total_steps=10, enabled=True, environment={})
 
 
+@pytest.mark.parametrize(("forced", "tags"), [(True, ("a", "force_balanced")), (False, ("a",))])
+def test_a_run_that_forces_the_load_is_tagged(tmp_path: Path, forced: bool, tags: tuple[str, ...]) -> None:
+    settings = ["run.wandb.mode=offline", 'run.wandb.tags=["a"]', f"run.model.moe.force_balanced={str(forced).lower()}"]
+    run = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json", settings)
+    log = RunLog(tmp_path / "run", run, resumed_step=0, total_steps=10, enabled=True, environment={})
+    assert log.wandb.run.tags == tags
+    log.finish("completed", "done", {})
+
+
 def wandb_service() -> psutil.Process:
     return next(child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name())
 

@@ -377,7 +377,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         moe(top_k=3, num_groups=2, top_k_groups=2),
         "run.model.moe.top_k_groups=2 does not divide top_k=3: a group is judged by its top_k / top_k_groups best "
-        "experts. Use one of 1.",
+        "experts. Use one of 1, or another top_k.",
     ),
     (
         moe(num_groups=4, top_k_groups=1),
@@ -415,6 +415,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         moe(balance="none", aux_loss_scope="global_batch"),
         "run.model.moe.aux_loss_scope=global_batch has no effect without an auxiliary loss. Remove it, or set "
         "aux_loss_coeff.",
+    ),
+    (
+        {"run": {**train(expert_load_every=5)["run"], **model(moe=None, ffn_hidden_size=64)["run"]}},
+        "run.train.expert_load_every=5 has no effect without run.model.moe. Remove it, or give the model experts.",
     ),
     (
         moe(balance="none", aux_loss_coeff=0.01),
