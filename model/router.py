@@ -259,7 +259,5 @@ def update_selection_bias(model: nn.Module, tokens_per_expert_ME: Tensor) -> Non
         return
     for (bias_E, config), load_E in zip(balanced, sum_over_ranks(tokens_per_expert_ME), strict=True):
         assert bias_E is not None
-        below_E = (
-            load_E.sum() - config.num_experts * load_E
-        )  # in whole numbers, so that equal loads are equal everywhere
+        below_E = load_E.sum() - config.num_experts * load_E  # whole numbers: equal loads are equal on every device
         bias_E += config.bias_update_rate * torch.sign(below_E).to(bias_E.dtype)
