@@ -198,7 +198,7 @@ RULES = {
         "drop_policy": "probability",
         "score_func": "sigmoid",
         "num_groups": 2,
-        "top_k_groups": 2,
+        "top_k_groups": 1,
         "num_shared_experts": 1,
         "routed_scaling_factor": 2.5,
         "balance": "bias",
