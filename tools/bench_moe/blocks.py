@@ -27,7 +27,7 @@ from tools.bench_moe.shapes import Shape
 
 STD = 0.02
 DRAWN = ("tokens", "gradient", "gate", "first", "second")  # in the order of their seeds
-MIN_CAPACITY = 4  # DeepSpeed's default, and ours
+MIN_CAPACITY = MoEConfig.model_fields["min_capacity"].default  # DeepSpeed's too
 
 
 @dataclass
@@ -149,7 +149,6 @@ class Case:
             top_k=self.shape.k,
             ffn_hidden_size=experts.width,
             capacity_factor=capacity_factor,
-            min_capacity=MIN_CAPACITY,
             expert_backend=backend,  # type: ignore[arg-type]
         )
         layer, facts = MoELayer(self.shape.D, config, experts.activation), self.facts_of(experts, capacity_factor)
