@@ -26,9 +26,8 @@ class Routed(NamedTuple):
 def choose(scores_E: Tensor, token: int, config: MoEConfig) -> list[int]:
     """The top_k experts with the largest scores, of those in the top_k_groups groups whose best ones sum to the most.
 
-    Among equal groups, the first met when counting up from token * top_k_groups; among equal experts of a group, the
-    first met when counting up from the number of experts that equal scores have taken from it before; among equal
-    experts of several groups, those that stand equally far from where their group begins in the order of the groups.
+    Among equal groups, the first met when counting up from token * top_k_groups. Among equal experts, the one nearest
+    to where the earlier turns of its group have left off, counting up within the group; then that of the earlier group.
     """
     E, G = config.num_experts, config.num_groups
     size, from_group = E // G, config.top_k // config.top_k_groups
