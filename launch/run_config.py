@@ -135,6 +135,7 @@ class WandbConfig(Section):
     project: str = "moelab"  # where the run appears
     entity: str | None = None  # the team or user; default: that of the key
     group: str | None = None  # runs to be shown together
+    job_type: str | None = None  # what kind of run it is within its group, such as a leg of an ablation
     name: str | None = None  # of the run; default: the run folder's
     tags: list[str] = Field(default_factory=list)  # to filter runs by
 

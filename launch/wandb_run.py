@@ -62,6 +62,7 @@ class WandbRun:
             project=run.wandb.project,
             entity=run.wandb.entity,
             group=run.wandb.group,
+            job_type=run.wandb.job_type,
             name=run.wandb.name or run_dir.name,
             tags=list(dict.fromkeys([*run.wandb.tags, *(["force_balanced"] if forced else [])])),
             config=run.resolved,

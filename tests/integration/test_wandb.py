@@ -38,6 +38,14 @@ def test_a_run_that_forces_the_load_is_tagged(tmp_path: Path, forced: bool, tags
     log.finish("completed", "done", {})
 
 
+def test_a_run_tells_wandb_its_group_and_its_job_type(tmp_path: Path) -> None:
+    settings = ["run.wandb.mode=offline", "run.wandb.group=capacity", "run.wandb.job_type=leg"]
+    run = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json", settings)
+    log = RunLog(tmp_path / "run", run, resumed_step=0, total_steps=10, enabled=True, environment={})
+    assert (log.wandb.run.group, log.wandb.run.job_type) == ("capacity", "leg")
+    log.finish("completed", "done", {})
+
+
 def wandb_service() -> psutil.Process:
     return next(child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name())
 

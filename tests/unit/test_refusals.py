@@ -242,6 +242,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (data(val={}), "run.data.val={} names nothing to validate with. Name a prefix, or use run.data.val='none'."),
     (data(vall="x"), "run.data.vall is not a known key. Did you mean run.data.val?"),
     ({"run": {"wandb": {"tags": ["a", 1]}}}, "run.wandb.tags.1=1: should be a valid string."),
+    ({"run": {"wandb": {"job_type": 1}}}, "run.wandb.job_type=1: should be a valid string."),
     (launch(ep_size="big"), "run.launch.ep_size=\"big\": should be a valid integer or 'auto' or 'max'."),
     (launch(ep_size=0), "run.launch.ep_size=0 is below 1. Use a number of at least 1, or 'auto'."),
     (muon({"momentum": 1}), "optimizer.params.momentum=1: should be a number in [0, 1)."),
