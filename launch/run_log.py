@@ -80,7 +80,7 @@ class RunLog:
             if sys.stdout.isatty()
             else None
         )
-        self.wandb = WandbRun(run_dir, run, wandb_id, self.say)
+        self.wandb = WandbRun(run_dir, run, wandb_id, environment, self.say)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one, and append it to log.txt."""
@@ -137,7 +137,7 @@ class RunLog:
             self.bar.close()
             self.bar = None
         self.say(f"{status}: {reason}")
-        self.wandb.finish(EXIT_CODES.get(status, EXIT_FAILED), {"status": status, **measured})
+        self.wandb.finish(EXIT_CODES.get(status, EXIT_FAILED), {"status": status, "step": self.step, **measured})
         self.text.close()
         self.enabled = False
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 import wandb
+from PIL import Image
 
 from launch.run_config import REPO_ROOT, Run, load_run
 from launch.run_log import RunLog
+from launch.wandb_run import WandbFailure, log_report
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,49 @@ def test_a_run_tells_wandb_its_group_and_its_job_type(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run", run, resumed_step=0, total_steps=10, enabled=True, environment={})
     assert (log.wandb.run.group, log.wandb.run.job_type) == ("capacity", "leg")
     log.finish("completed", "done", {})
+
+
+TABLES = {"legs": (["leg", "tok/s"], [["a", 1.5], ["b", None], ["c", "not reached"]])}
+
+
+def a_png(folder: Path) -> Path:
+    Image.new("RGB", (2, 2)).save(folder / "loss.png")
+    return folder / "loss.png"
+
+
+def test_a_report_is_one_wandb_run_with_its_tables_and_images(tmp_path: Path) -> None:
+    where = log_report(TABLES, {"loss": a_png(tmp_path)}, project="moelab", folder=tmp_path, group="capacity")
+    assert where.startswith("W&B: offline; send it with `wandb sync")
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media")
+    (table,) = media.glob("table/*.json")
+    columns, rows = TABLES["legs"]
+    assert json.loads(table.read_text()) == {"columns": columns, "data": rows}
+    (image,) = media.glob("images/*.png")
+    assert image.read_bytes() == (tmp_path / "loss.png").read_bytes()
+
+
+def test_a_report_follows_wandb_mode_and_disabled_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert log_report(TABLES, {}, project="moelab", folder=tmp_path) == "W&B: disabled; nothing is logged"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["init", "key", "image"])
+def test_a_report_that_wandb_does_not_take_fails_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def no_network(**_: object) -> None:
+        raise wandb.errors.CommError("Network error\n(ConnectionError)")
+
+    if broken == "init":
+        monkeypatch.setattr(wandb, "init", no_network)
+    said = {"init": "CommError: Network error .ConnectionError.$", "key": "no API key; set", "image": "no.png"}
+    images = {"loss": tmp_path / "no.png"} if broken == "image" else {}
+    with pytest.raises(WandbFailure, match=said[broken]):
+        log_report(TABLES, images, project="m", folder=tmp_path, mode="online" if broken == "key" else "offline")
+    assert wandb.run is None
 
 
 def wandb_service() -> psutil.Process:
