@@ -1,4 +1,4 @@
-"""What a run left behind, read from its folder alone: status, figures, logged steps, load of the experts, environment."""
+"""What a run left behind, read from its folder alone: status, figures, logged steps, load of experts, environment."""
 
 from __future__ import annotations
 

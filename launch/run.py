@@ -6,6 +6,7 @@ Exit codes: 0 completed, 2 refused, 3 stopped on request with a checkpoint saved
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import socket
@@ -87,10 +88,15 @@ def main(argv: list[str] | None = None, script: Path = TRAIN_SCRIPT) -> int:
 def make_plan(args: argparse.Namespace) -> Plan:
     """Read and check the run file, fit it to its ranks, and see how it begins in its folder. Writes nothing."""
     run = load_run(args.config, args.assignments)
+    plan = launch_plan(run)
+    return dataclasses.replace(plan, beginning=decide_beginning(args.run_dir, run.config_hash, args.resume))
+
+
+def launch_plan(run: Run) -> Plan:
+    """A run fitted to its ranks, in a fresh folder. Raises ConfigError if it does not fit."""
     num_gpus, on_gpus, reason = resolve_num_gpus(run)
     topology = resolve_topology(run, run.launch.num_nodes, num_gpus)
-    beginning = decide_beginning(args.run_dir, run.config_hash, args.resume)
-    return Plan(run, topology, on_gpus or run.launch.num_nodes > 1, reason, beginning)
+    return Plan(run, topology, on_gpus or run.launch.num_nodes > 1, reason, Beginning("fresh", 0))
 
 
 def hosts_of(plan: Plan) -> list[str]:

@@ -220,7 +220,7 @@ def thousands(value: float) -> str:
 
 def tail_figures(
     step_seconds: list[float], tokens_per_step: int, ranks: int, flops_per_token: int, peak: float | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Throughput over the last 50 measured steps: tokens over the sum of their times. Without a step, nothing.
 
     `peak` is the FLOP/s of one device; tail50_mfu is percent of it, absent where it is unknown.
@@ -234,6 +234,7 @@ def tail_figures(
         "tail50_tok_per_sec": tok_per_sec,
         "tail50_tok_per_sec_per_gpu": tok_per_sec / ranks,
         "tail50_dt_ms": 1000 * sum(tail) / len(tail),
+        "tail50_step_ms": [1000 * seconds for seconds in tail],  # what the interval of their mean comes from
     }
     mfu = mfu_percent(tok_per_sec / ranks, flops_per_token, peak)
     return figures if mfu is None else {**figures, "tail50_mfu": mfu}

@@ -337,10 +337,12 @@ def settle(
 
 
 def close_summary(run_dir: Path, summary: dict[str, Any], of_this_attempt: bool, end: dict[str, Any]) -> dict[str, Any]:
-    """Write the final status that the ranks could not write, and the time that they spent. Returns the new summary."""
+    """Write the final status that the ranks could not write, and the time that they spent. Returns the new summary.
+
+    ranks_reported is false in it: that the ranks ended without a word tells a killed run from one that failed."""
     ended = utc_now()
     kept = {name: value for name, value in summary.items() if name not in ("pid", "hostname")}
-    closed = {**kept, **end, "ended": ended}
+    closed = {**kept, **end, "ended": ended, "ranks_reported": False}
     if of_this_attempt:
         spent = datetime.fromisoformat(ended) - datetime.fromisoformat(summary["started"])
         closed["total_time_min"] = summary.get("total_time_min", 0.0) + spent.total_seconds() / 60
