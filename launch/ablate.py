@@ -36,10 +36,12 @@ STYLES = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None, launcher: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, launcher: list[str] | None = None, reporter: list[str] | None = None) -> int:
+    """`launcher` is the command of launch.run, `reporter` the one that writes the report; tests have their own."""
     args = parse_arguments(argv)
+    args.launcher, args.reporter = launcher or launch_command(), reporter
     try:
-        return args.command(args, launcher or launch_command())
+        return args.command(args)
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -80,7 +82,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace, launcher: list[str]) -> int:
+def plan(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
     legs = chosen_legs(suite, args.legs)
     print(describe_suite(suite, legs, plans_of(suite, legs)))
@@ -148,7 +150,7 @@ def describe_suite(suite: Suite, legs: list[Leg], plans: dict[str, Plan]) -> str
 # --- run ------------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, launcher: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
     legs = chosen_legs(suite, args.legs)
     for name, each in plans_of(suite, legs).items():
@@ -157,15 +159,15 @@ def run(args: argparse.Namespace, launcher: list[str]) -> int:
         except ConfigError as refusal:
             raise ConfigError(f"legs.{name}: {refusal}") from None
     experiment = open_experiment(args.exp_dir, suite)
-    reporter = [sys.executable, "-m", "launch.ablate", "report", str(args.suite), "--exp_dir", str(experiment.folder)]
+    report_again = ["report", str(args.suite), "--exp_dir", str(experiment.folder)]
     with experiment.owned():
         view = View(experiment)
         queue = RunQueue(
             experiment,
             legs=args.legs,
             retry_failed=args.retry == "failed",
-            launcher=launcher,
-            reporter=reporter,
+            launcher=args.launcher,
+            reporter=args.reporter or [sys.executable, "-m", "launch.ablate", *report_again],
             show=view.show,
             say=view.say,
         )
@@ -229,7 +231,7 @@ def shown(value: float | None, how: object) -> str:
 # --- status and report ----------------------------------------------------------------------------------------------
 
 
-def status(args: argparse.Namespace, launcher: list[str]) -> int:
+def status(args: argparse.Namespace) -> int:
     experiment = existing_experiment(args.exp_dir)
     states = [state for state in experiment.states() if args.legs is None or state.run.leg in args.legs]
     console = Console()
@@ -241,7 +243,7 @@ def status(args: argparse.Namespace, launcher: list[str]) -> int:
     return EXIT_COMPLETED
 
 
-def report(args: argparse.Namespace, launcher: list[str]) -> int:
+def report(args: argparse.Namespace) -> int:
     from launch.report import write_report
 
     experiment = existing_experiment(args.exp_dir)
