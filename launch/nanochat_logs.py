@@ -235,8 +235,7 @@ def tail_figures(trained: list[Step], tokens: float | None, world_size: int | No
 def notes_on(trained: list[Step], figures: dict[str, Any]) -> list[str]:
     notes = ["a log of nanochat, whose loss is a moving average over about ten steps"]
     if "tail50_mfu" in figures:
-        peak = f" ({figures['peak_flops'] / 1e12:.0f} TFLOP/s a GPU)" if "peak_flops" in figures else ""
-        notes.append(f"MFU is against the peak that nanochat assumed{peak}")
+        notes.append("MFU is against the peak, and by the FLOPs per token, that nanochat assumed")
     if "total_time_min" in figures:
         notes.append(f"minutes leave out the first {UNTIMED_STEPS} steps, validation and saving")
     tail = [line["step"] for line in trained if line.get("train/dt_ms")][-TAIL_STEPS:]
