@@ -132,7 +132,7 @@ def table(columns: dict[str, Any], rows: list[Row]) -> str:
 
 def is_ours(path: Path) -> bool:
     """Whether bench_moe wrote it: the folder holds other tools' results too."""
-    return json.loads(path.read_text(encoding="utf-8"))["env"].get("tool") == TOOL
+    return json.loads(path.read_text(encoding="utf-8")).get("env", {}).get("tool") == TOOL
 
 
 def section_of(path: Path) -> str:
