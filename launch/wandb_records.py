@@ -68,11 +68,11 @@ def join(attempts: list[Attempt]) -> RunResult:
         for number, step in attempt.steps.items():
             steps[number] = steps.get(number, {}) | step
     last = attempts[-1]
-    envs = [attempt.config.get("env", {}) for attempt in attempts]
+    envs = [split(attempt.config)[1] for attempt in attempts]
     return RunResult(
         name=last.name or last.run_id,
         folder=last.path,
-        config=without_ours_and_theirs(last.config),
+        config=split(last.config)[0],
         env={**envs[0], "attempts": envs[1:]},
         summary=without_hidden(last.summary),
         steps=[steps[number] for number in sorted(steps)],
@@ -92,9 +92,11 @@ def doubts(attempts: list[Attempt]) -> list[str]:
     return texts
 
 
-def without_ours_and_theirs(config: dict[str, Any]) -> dict[str, Any]:
-    """The resolved run file: W&B's config without what W&B and WandbRun ("env") add to it."""
-    return {key: value for key, value in config.items() if key not in ("_wandb", "env")}
+def split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """W&B's config as the resolved run file and what WandbRun adds to it, the facts of the environment."""
+    rest = {key: value for key, value in config.items() if key != "_wandb"}
+    env = rest.pop("env") if isinstance(rest.get("env"), dict) else {}
+    return rest, env
 
 
 def without_hidden(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -216,12 +218,13 @@ def read_online(path: str) -> RunResult:
     try:
         mode_with_key("online")  # wandb.Api would ask for a key at the prompt
         run = wandb.Api().run(path)
+        config, env = split(run.config)
         rows = [(row["_step"], row) for row in run.scan_history()]
         return RunResult(
             name=run.name or run.id,
             folder=Path(path),
-            config=without_ours_and_theirs(run.config),
-            env=run.config.get("env", {}),
+            config=config,
+            env=env,
             summary=without_hidden(run.summary_metrics),
             steps=[as_step(number, row) for number, row in sorted(rows, key=lambda each: each[0])],
         )

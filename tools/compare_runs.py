@@ -40,16 +40,15 @@ ACCEPTED = (
 )
 ABSENT = "-"
 
-Value = Any  # of a configuration: what JSON holds
 Figure = str | float | None  # None: not measured
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs among runs and what they measured: one entry in each list for every run, in the order of `sources`."""
+    """What differs among runs and what they measured. Lists have one entry for each run, in the order of `sources`."""
 
     sources: dict[str, Path]  # of the runs, where they were read
-    keys: dict[str, list[str | None]]  # of the configurations, where they differ: JSON; None where a run lacks the key
+    keys: dict[str, list[str | None]]  # of the configurations, where they differ, as JSON; None: the run lacks the key
     figures: dict[str, list[Figure]]
     facts: dict[str, list[str]]  # of the environments, where they differ
     doubts: list[str]  # about the files that were read
@@ -95,27 +94,24 @@ def compare(runs: list[RunResult], doubts: list[str], everything: bool) -> Compa
     )
 
 
-def flatten(tree: dict[str, Value], prefix: str = "") -> dict[str, Value]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}. Lists and empty objects are values."""
-    flat: dict[str, Value] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 
-def same(a: Value, b: Value) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equal as JSON: 1.0 is 1, which is how W&B's server returns it, but true is not."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def labels(runs: list[RunResult]) -> list[str]:
     """The runs' names, numbered where several have the same."""
-    often, seen = Counter(run.name for run in runs), Counter[str]()
-    found = []
-    for run in runs:
-        seen[run.name] += 1
-        found.append(run.name if often[run.name] == 1 else f"{run.name} #{seen[run.name]}")
-    return found
+    names = [run.name for run in runs]
+    numbers = (names[: i + 1].count(name) for i, name in enumerate(names))
+    return [name if names.count(name) == 1 else f"{name} #{n}" for name, n in zip(names, numbers, strict=True)]
 
 
 def figures_of(run: RunResult) -> dict[str, Figure]:
