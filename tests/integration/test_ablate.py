@@ -45,9 +45,9 @@ def write_suite(folder: Path, **changed: Any) -> Path:
 class Ablation:
     """launch.ablate over a suite in a folder, with fake runs."""
 
-    def __init__(self, folder: Path, legs: dict[str, Any] | None = None, **suite: Any) -> None:
+    def __init__(self, folder: Path, fake: dict[str, Any] | None = None, **suite: Any) -> None:
         self.suite, self.exp_dir = write_suite(folder, **suite), folder / "exp"
-        self.variables = {"FAKE_LEGS": json.dumps(legs or {})}
+        self.variables = {"FAKE_LEGS": json.dumps(fake or {}), "FAKE_SECONDS": "0.02"}
 
     def start(self, command: str, *arguments: str) -> "subprocess.Popen[str]":
         line = [sys.executable, "-c", ABLATE_FAKE, str(FAKE_LAUNCH), command, str(self.suite)]
@@ -107,6 +107,7 @@ def test_every_run_completes_once_in_interleaved_order_and_a_second_call_starts_
 
 def test_queues_and_runs_killed_at_random_moments_lose_nothing_and_run_nothing_twice(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
+    ablation.variables["FAKE_SECONDS"] = "0.1"
     draws = random.Random(int(os.environ.get("CHAOS_SEED", "3")))
     kills = 0
     while (queue := ablation.start("run")) and kills < int(os.environ.get("CHAOS_KILLS", "7")):
@@ -182,6 +183,7 @@ def test_a_run_that_outlives_its_queue_is_watched_on(tmp_path: Path) -> None:
 
 def test_a_second_queue_is_refused_while_the_first_works_and_status_sees_the_first(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
+    ablation.variables["FAKE_SECONDS"] = "0.5"
     queue = ablation.start("run")
     ablation.await_step(1)
     second = ablation("run")
@@ -215,7 +217,7 @@ def test_statuses_are_told_apart_and_only_what_failed_is_retried_on_request(tmp_
     assert ablation("run").returncode == 4
     assert [event["run"] for event in ablation.events("run_started")][before:] == ["die/repeat1"]
 
-    ablation.variables = {"FAKE_LEGS": "{}"}  # whatever was wrong is mended
+    ablation.variables["FAKE_LEGS"] = "{}"  # whatever was wrong is mended
     done = ablation("run", "--retry", "failed", "--legs", "crash,nan")
     assert done.returncode == 0, done.stdout
     assert [ablation.statuses()[f"{name}/repeat1"] for name in ("crash", "nan", "refuse")] == [

@@ -56,7 +56,7 @@ DOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("triton", ("model/fp8_kernels.py",)),
     ("liger_kernel", ("model/loss.py",)),
     ("pynvml", ("launch/gpu_monitor.py",)),
-    ("wandb", ("launch/wandb_run.py",)),
+    ("wandb", ("launch/wandb_run.py", "launch/wandb_records.py")),
     ("transformers", ("tools/hf.py", "tools/bench_moe/blocks.py")),
 )
 
