@@ -4,12 +4,12 @@ A figure of a run has a value x. Figures compared as ratios are taken as logarit
 value and a leg twice as fast may have twice the noise in tok/s; the others as they are.
 
     between runs    sigma^2 = sum over legs and repeats of (x - mean of the leg)^2 / sum over legs of (repeats - 1)
-                    pooled over the legs of the suite: two repeats of one leg alone say very little
-    of these two    the same over the leg and the baseline alone; the larger counts, lest steady legs hide a wild one
+                    pooled over the legs of the suite, since two repeats of one leg alone say very little; over leg and
+                    baseline alone where they are more than twice as noisy as the others, lest these hide a wild leg
     within a run    standard error of the mean time of a step, by a moving-block bootstrap of the last 50 steps: steps
                     in a row are alike, so blocks of them are drawn, not single ones (Kuensch 1989, Ann. Statist. 17)
 
-    noise           the largest of these: repeats that agree by chance are no more exact than their own steps
+    noise           the larger of these: repeats that agree by chance are no more exact than their own steps
     interval        difference of the two means +- t * noise * sqrt(1/n + 1/m), t of Student's distribution; 95% for all
                     legs of a gate together (Bonferroni): of twenty legs that change nothing, one would win otherwise
 """

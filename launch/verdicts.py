@@ -19,6 +19,9 @@ Outcome = Literal["better", "worse", "not distinguishable", "invalid"]
 GateState = Literal["passed", "failed", "undecided"]
 
 
+WILD = 2.0  # times the noise of the other legs: more than that, and two legs do not share it
+
+
 @dataclass(frozen=True)
 class Sample:
     """What one run measured: the value of a metric, the seed, and the relative error within the run, if known."""
@@ -71,18 +74,18 @@ def means_by_seed(metric: Metric, samples: list[Sample]) -> list[float]:
 
 
 def noise_of(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: str) -> Noise | None:
-    """Noise of one run on the scale of comparison: the largest of the estimates in launch/noise.py."""
+    """Noise of one run on the scale of comparison, as launch/noise.py says."""
     values = {name: means_by_seed(metric, samples) for name, samples in legs.items()}
-    pooled = pooled_noise(list(values.values()))
-    if pooled is None:
-        return None
-    sigmas = [pooled.sigma]
-    if (own := pooled_noise([values[leg], values[baseline]])) is not None:
-        sigmas.append(own.sigma)
-    if metric.from_step_times:
-        errors = [each.error_within for each in (*legs[leg], *legs[baseline]) if each.error_within is not None]
-        sigmas += [math.sqrt(statistics.fmean(error**2 for error in errors))] if errors else []
-    return Noise(max(sigmas), pooled.freedom)
+    noise = pooled_noise(list(values.values()))
+    own = pooled_noise([values[leg], values[baseline]] if leg != baseline else [values[leg]])
+    others = pooled_noise([each for name, each in values.items() if name not in (leg, baseline)])
+    if own is not None and others is not None and own.sigma > WILD * others.sigma:
+        noise = own
+    if noise is None or not metric.from_step_times:
+        return noise
+    errors = [each.error_within for each in (*legs[leg], *legs[baseline]) if each.error_within is not None]
+    within = math.sqrt(statistics.fmean(error**2 for error in errors)) if errors else 0.0
+    return Noise(max(noise.sigma, within), noise.freedom)
 
 
 def compare(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: str) -> Comparison:
