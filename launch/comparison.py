@@ -53,7 +53,9 @@ class Comparison:
         self.curve_metric = curve_metric([entry.result for entry in self.entries if completed(entry) and entry.result])
 
     def read(self, state: RunState) -> RunResult | None:
-        return read_run(state.folder, state.run.name) if state.folder is not None else None
+        """What the run's last attempt left; None where no rank began."""
+        began = state.folder is not None and state.folder.is_dir()
+        return read_run(state.folder, state.run.name) if began and state.folder is not None else None
 
     def done(self, leg: str) -> list[RunResult]:
         """The completed runs of a leg."""

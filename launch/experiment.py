@@ -46,7 +46,7 @@ class RunState:
     run: PlannedRun
     status: str
     attempts: int
-    folder: Path | None = None  # of the last attempt, if there was one
+    folder: Path | None = None  # of the last attempt, if there was one; it exists if a rank began
     step: int = 0
     reason: str = ""
 
@@ -168,8 +168,8 @@ def open_experiment(folder: Path, suite: Suite) -> Experiment:
         if folder.exists() and (not folder.is_dir() or any(path.name != ".queue.lock" for path in folder.iterdir())):
             raise ConfigError(f"--exp_dir {folder}: is not empty and holds no experiment. Use another --exp_dir.")
         folder.mkdir(parents=True, exist_ok=True)
-        reference = str(suite.reference) if suite.reference is not None else None
-        write_json(folder / "suite.json", {"hash": suite.hash, "begun": utc_now(), "reference": reference, **content})
+        header = {"hash": suite.hash, "begun": utc_now(), "reference": suite.reference}
+        write_json(folder / "suite.json", {**header, **content})
         return Experiment(folder)
     if experiment.suite["hash"] != suite.hash:
         kept = json.loads(json.dumps(content))

@@ -6,7 +6,7 @@ What was not published is absent. The hardware, tokens per step, FLOPs per token
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -48,17 +48,19 @@ def read_reference(path: Path) -> Reference:
     """Raises ConfigError, which names the key, for a file that is not one of published figures."""
     if not path.is_file():
         raise ConfigError(f"--reference {path}: no such file. benchmarks/seed_h800.json ships.")
-    tree = read_json(path)
+    return parse_reference(read_json(path), path.name)
+
+
+def parse_reference(tree: dict[str, Any], where: str) -> Reference:
+    """As read_reference, of what its file holds; `where` is the file's name."""
     rows = tree.get("rows")
     if isinstance(rows, list):  # one by one, so that a refusal names the row
-        tree["rows"] = [
-            parse_section(ReferenceRow, row, f"{path.name}: rows[{index}]") for index, row in enumerate(rows)
-        ]
-    reference = parse_section(Reference, tree, f"{path.name}: reference")
+        tree["rows"] = [parse_section(ReferenceRow, row, f"{where}: rows[{index}]") for index, row in enumerate(rows)]
+    reference = parse_section(Reference, tree, f"{where}: reference")
     legs = [row.leg for row in reference.rows]
     for leg in legs:
         if legs.count(leg) > 1:
-            raise ConfigError(f"{path.name}: leg={leg!r} stands in two rows. Give each a name of its own.")
+            raise ConfigError(f"{where}: leg={leg!r} stands in two rows. Give each a name of its own.")
     return reference
 
 

@@ -8,7 +8,6 @@ verdicts.csv   a row a leg and gate
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from launch.comparison import Comparison, completed
@@ -17,6 +16,7 @@ from launch.experiment import Experiment
 from launch.figures import write_figures
 from launch.metrics import METRICS, metric_named
 from launch.noise import CONFIDENCE
+from launch.reference import parse_reference, reference_table
 from launch.report_html import to_html
 from launch.report_markdown import to_markdown
 from launch.report_parts import Cell, Column, Curve, Figure, HeatMap, Report, Table
@@ -66,9 +66,7 @@ def build_report(comparison: Comparison, verdicts: list[Verdict]) -> Report:
         tables.append(speed_table(comparison))
     tables += [quality_table(comparison), matched_table(comparison), noise_table(comparison), runs_table(comparison)]
     if suite.get("reference"):
-        from launch.reference import read_reference, reference_table
-
-        tables.append(reference_table(read_reference(Path(suite["reference"]))))
+        tables.append(reference_table(parse_reference(suite["reference"], "suite.json")))
     return Report(
         title=f"{suite['name']}: {suite['question']}",
         paragraphs=paragraphs,

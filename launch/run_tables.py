@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.csv_files import write_rows_csv, write_steps_csv
+from launch.experiment import Experiment
 from launch.nanochat_logs import read_nanochat_log
 from launch.reference import Reference, reference_table
 from launch.report_parts import Column, Curve, Figure, Report, Table
@@ -36,7 +37,8 @@ CURVES = {  # metric: name of its figure, title, label
 
 
 def read_runs(paths: list[Path]) -> list[RunResult]:
-    """Run folders and nanochat logs, each under its own name, or its path where two would have the same.
+    """Run folders and nanochat logs, each under its own name, or its path where two would have the same; of the folder
+    of a suite all runs that began.
 
     Raises ConfigError for a path that is neither or stands twice, DataError for a damaged one.
     """
@@ -44,22 +46,29 @@ def read_runs(paths: list[Path]) -> list[RunResult]:
     for path in paths:
         if sum(path.resolve() == other.resolve() for other in paths) > 1:
             raise ConfigError(f"{path} stands twice. Name every run once.")
-    return [read_any(path, end_of(path) if ends[end_of(path)] == 1 else str(path)) for path in paths]
+    named = [(path, end_of(path) if ends[end_of(path)] == 1 else str(path)) for path in paths]
+    return [run for path, name in named for run in read_any(path, name)]
 
 
 def end_of(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
-def read_any(path: Path, name: str) -> RunResult:
+def read_any(path: Path, name: str) -> list[RunResult]:
     if path.is_file():
-        return read_nanochat_log(path, name)
+        return [read_nanochat_log(path, name)]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder. Name the folder of a run, or a log of nanochat.")
+    if (path / "suite.json").is_file():
+        states = Experiment(path).states()
+        began = [
+            (state.folder, state.run.name) for state in states if state.folder is not None and state.folder.is_dir()
+        ]
+        return [read_run(folder, f"{name}/{run}") for folder, run in began]
     if not (path / "env.json").is_file():
         raise ConfigError(f"{path}: is not a run folder (no env.json). Name one, such as runs/demo.")
     try:
-        return read_run(path, name)
+        return [read_run(path, name)]
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
         raise DataError(f"{path}: a line of its metrics cannot be read ({fault}). Leave the run out.") from None
 

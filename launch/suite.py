@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from launch.metrics import Gate, parse_gate
+from launch.reference import read_reference
 from launch.run_config import Run, apply_assignment, lay_over, merge_patch, parse_section, read_json, resolve
 from launch.run_config import read_with_bases as read_run_file
 from model.config import ConfigError, Section
@@ -139,7 +140,7 @@ class Suite:
     gates: list[Gate]
     runs: list[PlannedRun]  # in the order in which they are to run
     base: dict[str, Any]  # the base, resolved: what differences are told against
-    reference: Path | None
+    reference: dict[str, Any] | None  # published rows, to be shown beside
 
     @property
     def content(self) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def load_suite(path: Path, assignments: list[str] | None = None) -> Suite:
         gates=gates,
         runs=planned_runs(config, legs, resolved_base["run"]["train"]["seed"]),
         base=resolved_base,
-        reference=folder_of("reference") / config.reference if config.reference is not None else None,
+        reference=read_reference_rows(folder_of("reference") / config.reference) if config.reference else None,
     )
 
 
@@ -301,6 +302,11 @@ def refuse_unmeasured(gate: Gate, config: SuiteConfig, legs: dict[str, Leg]) -> 
             raise ConfigError(f"{where}: legs.{name} has no validation data. Name run.data.val, or use another metric.")
         if gate.metric.name.startswith("moe/") and leg.run.model.moe is None:
             raise ConfigError(f"{where}: legs.{name} has no experts. Use another metric.")
+
+
+def read_reference_rows(path: Path) -> dict[str, Any]:
+    """The rows as they stand in their file, once they are known to be good: suite.json keeps them."""
+    return read_reference(path).model_dump(mode="json", exclude_none=True)
 
 
 def planned_runs(config: SuiteConfig, legs: dict[str, Leg], base_seed: int) -> list[PlannedRun]:
