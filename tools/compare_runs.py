@@ -122,9 +122,9 @@ def figures_of(run: RunResult) -> dict[str, Figure]:
     last: dict[str, Any] = {}
     for step in run.steps:
         last |= step
-    summary = {name: value for name, value in flatten(run.summary).items() if is_number(value)}
-    figures = {name: value for name, value in (last | summary).items() if is_number(value)}
-    steps = [each["step"] for each in (last, summary) if "step" in each]  # a killed run's summary is that of its start
+    figures = {name: value for name, value in (last | flatten(run.summary)).items() if is_number(value)}
+    steps = [each["step"] for each in (last, run.summary) if is_number(each.get("step"))]
+    # a killed run's summary is that of its start
     return {"status": run.status, **figures, **({"step": max(steps)} if steps else {})}
 
 
