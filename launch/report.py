@@ -22,6 +22,7 @@ from launch.report_markdown import to_markdown
 from launch.report_parts import Cell, Column, Curve, Figure, HeatMap, Report, Table
 from launch.results import RunResult
 from launch.run_dir import write_text
+from launch.suite import shown
 from launch.verdicts import Verdict, noise_of
 
 FIGURES = (
@@ -152,7 +153,7 @@ def significant(value: float) -> float:
 def legs_table(comparison: Comparison) -> Table:
     rows: list[list[Cell]] = []
     for name, leg in comparison.suite["legs"].items():
-        changes = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in leg["differences"].items())
+        changes = "; ".join(f"{key}: {shown(old)} -> {shown(new)}" for key, (old, new) in leg["differences"].items())
         ended = f"{len(comparison.done(name))} of {len(comparison.legs[name])}"
         baseline = " (baseline)" if name == comparison.baseline else ""
         rows.append([name + baseline, leg["question"], changes or "the base itself", ended])

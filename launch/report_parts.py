@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 Cell = str | float | None  # None: not measured, and shown as such, never as 0
+NOT_MEASURED = "–"
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,16 @@ class Column:
     name: str
     digits: int | None = None
     explanation: str = ""  # one sentence for the reader who asks
+
+    def shown(self, cell: Cell) -> str:
+        """How a cell reads, in every format. Thousands are set apart from 10,000 on, as it reads when rounded."""
+        if cell is None:
+            return NOT_MEASURED
+        if isinstance(cell, str):
+            return cell
+        digits = "" if self.digits is None and cell % 1 else f".{self.digits or 0}f"
+        plain = format(cell, digits)
+        return format(cell, f",{digits}") if math.isfinite(cell) and abs(float(plain)) >= 10_000 else plain
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,10 @@ class Table:
     rows: list[list[Cell]]
     note: str = ""  # shown below
 
+    def holds_numbers(self, column: int) -> bool:
+        """Whether a column has numbers, whatever else: it is aligned, and sorted, by them."""
+        return any(isinstance(row[column], int | float) for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -34,6 +50,10 @@ class Curve:
     run: str
     x: list[float]
     y: list[float]
+
+    @property
+    def measured(self) -> bool:
+        return any(math.isfinite(value) for value in self.y)
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,9 @@ class Figure:
     x_label: str
     y_label: str
     curves: list[Curve]
+
+    def measured_curves(self) -> list[Curve]:
+        return [curve for curve in self.curves if curve.measured]
 
 
 @dataclass(frozen=True)
@@ -67,3 +90,7 @@ class Report:
     tables: list[Table]
     figures: list[Figure]
     heat_maps: list[HeatMap] = field(default_factory=list)
+
+    def legs(self) -> list[str]:
+        """Every leg that a figure tries to show, by first appearance: its place decides its colour in all of them."""
+        return list(dict.fromkeys(curve.leg for figure in self.figures for curve in figure.curves))

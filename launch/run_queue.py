@@ -252,10 +252,11 @@ class RunQueue:
                 return False
             self.report = None
             if code:
-                self.say(f"the report failed (exit code {code}); the runs go on")
+                self.say(f"the report failed, see {self.experiment.folder / 'report.log'}; the runs go on")
         if self.report_wanted:
             self.report_wanted = False
-            self.report = subprocess.Popen(self.reporter, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            with open(self.experiment.folder / "report.log", "wb") as log:
+                self.report = subprocess.Popen(self.reporter, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             return False
         return True
 
