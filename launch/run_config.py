@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -369,10 +369,31 @@ def merge_patch(target: Any, patch: Any) -> Any:
 
 def lay_over(tree: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`patch` merged over `tree`; a patch that states a horizon replaces the one it inherits."""
-    section = patch.get("run", {}).get("train", {}) if isinstance(patch.get("run", {}), dict) else {}
-    if isinstance(section, dict) and any(section.get(name) is not None for name in HORIZONS):
-        tree = merge_patch(tree, {"run": {"train": dict.fromkeys(HORIZONS)}})
-    return merge_patch(tree, patch)
+    return merge_patch(with_the_horizon_of(patch, tree), patch)
+
+
+def join_patches(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The patch that does what `first` and then `second` would: unlike in lay_over, nulls stay, and delete later."""
+
+    def join(old: Any, new: Any) -> Any:
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return new
+        return {**old, **{key: join(old.get(key), value) for key, value in new.items()}}
+
+    joined: dict[str, Any] = join(with_the_horizon_of(second, first), second)
+    return joined
+
+
+def with_the_horizon_of(patch: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` as it is, or without its horizon if `patch` states one."""
+    section = patch["run"].get("train") if isinstance(patch.get("run"), dict) else None
+    inherited = tree["run"].get("train") if isinstance(tree.get("run"), dict) else None
+    if not isinstance(section, dict) or not isinstance(inherited, dict):
+        return tree
+    if all(section.get(name) is None for name in HORIZONS):
+        return tree
+    train = {name: value for name, value in inherited.items() if name not in HORIZONS}
+    return {**tree, "run": {**tree["run"], "train": train}}
 
 
 def apply_assignment(tree: dict[str, Any], assignment: str) -> None:
@@ -410,7 +431,8 @@ def parse_section(section: type[S], tree: dict[str, Any], where: str) -> S:
 
 def location_of(error: Any) -> list[str]:
     """Keys that lead to an error, without the members of a union ("int", "literal['auto']") that stand among them."""
-    return [str(part) for part in error["loc"] if not (str(part).startswith("literal[") or part in ("int", "str"))]
+    members = ("int", "float", "str")
+    return [str(part) for part in error["loc"] if not (str(part).startswith("literal[") or part in members)]
 
 
 def raise_first(section: type[BaseModel], errors: list[Any], where: str) -> NoReturn:
@@ -435,16 +457,21 @@ def rule_of(error: Any) -> str:
         return "an object"
     if error["type"] == "string_too_short":
         return "a string that is not empty"
+    if error["type"] == "too_short":
+        return f"{'a list' if error['ctx']['field_type'] == 'List' else 'an object'} that is not empty"
     return error["msg"].removeprefix("Input should be ")
 
 
 def known_keys(section: type[BaseModel], location: list[str]) -> list[str]:
     """Keys of the section at `location` below `section`."""
-    for name in location:
+    names = iter(location)
+    for name in names:
         annotation = section.model_fields[name].annotation
+        if get_origin(annotation) in (dict, list):
+            next(names)  # which entry: they are all of one kind
         section = next(
             kind
-            for kind in (annotation, *getattr(annotation, "__args__", ()))
+            for kind in (annotation, *get_args(annotation))
             if isinstance(kind, type) and issubclass(kind, BaseModel)
         )
     return list(section.model_fields)

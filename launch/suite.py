@@ -21,7 +21,16 @@ from pydantic import Field, model_validator
 
 from launch.metrics import Gate, parse_gate
 from launch.reference import read_reference
-from launch.run_config import Run, apply_assignment, lay_over, merge_patch, parse_section, read_json, resolve
+from launch.run_config import (
+    Run,
+    apply_assignment,
+    join_patches,
+    lay_over,
+    merge_patch,
+    parse_section,
+    read_json,
+    resolve,
+)
 from launch.run_config import read_with_bases as read_run_file
 from model.config import ConfigError, Section
 
@@ -32,19 +41,17 @@ ONE_RANK = {"num_nodes": 1, "num_gpus": 1, "hostfile": None, "master_addr": None
 class LegConfig(Section):
     """An entry of `legs`: one change, and the question that it answers."""
 
-    question: str = Field(min_length=1)
-    base: str | None = Field(
-        default=None, min_length=1
-    )  # a run file instead of the suite's, relative to the suite file
-    patch: dict[str, Any] = Field(default_factory=dict)  # RFC 7396, over the base
+    question: str = Field(min_length=1)  # that this leg answers
+    base: str | None = Field(default=None, min_length=1)  # run file instead of the suite's, relative to the suite file
+    patch: dict[str, Any] = Field(default_factory=dict)  # RFC 7396, over the base with the suite's patch
 
 
 class GateConfig(Section):
     """An entry of `gates`: a figure of every leg, against the baseline's or a number."""
 
-    metric: str
+    metric: str  # a figure of launch/metrics.py, such as tail50_tok_per_sec, peak_mem_mib or val/bpb
     at_least: float | str | None = None  # the whole interval must reach it: "1.03x baseline", or a number
-    at_most: float | str | None = None
+    at_most: float | str | None = None  # the whole interval must stay below it
     no_worse_than: float | str | None = None  # the mean must reach it: "baseline + 2 sigma"
 
     @model_validator(mode="after")
@@ -63,7 +70,10 @@ class GateConfig(Section):
 
 
 class SuiteConfig(Section):
-    """A suite file."""
+    """A suite file, a merge patch over the one that its `base_suite` names, if it names one.
+
+    A path in it is relative to the file that states it.
+    """
 
     question: str = Field(min_length=1)  # what the whole suite is to answer
     base: str = Field(min_length=1)  # run file, relative to the suite file
@@ -208,7 +218,7 @@ def read_suite_tree(path: Path) -> tuple[dict[str, Any], Any]:
     while place is not None:
         if place in [each for each, _ in chain]:
             raise ConfigError(f"base_suite: {place.name} leads back to itself. Remove one of these `base_suite` keys.")
-        tree = read_json(place)
+        tree = read_json(place, named_by=chain[-1][0] if chain else None)
         named = tree.pop("base_suite", None)
         if named is not None and not isinstance(named, str):
             raise ConfigError(f"base_suite={json.dumps(named)} in {place.name} is not a path. Name another suite file.")
@@ -216,7 +226,7 @@ def read_suite_tree(path: Path) -> tuple[dict[str, Any], Any]:
         place = (place.parent / named).resolve() if named is not None else None
     merged: dict[str, Any] = {}
     for _, tree in reversed(chain):
-        merged = merge_patch(merged, tree)
+        merged = lay_suite_over(merged, tree)
 
     def folder_of(key: str) -> Path:
         """The folder of the file that states a dotted key: the first in the chain."""
@@ -229,6 +239,28 @@ def read_suite_tree(path: Path) -> tuple[dict[str, Any], Any]:
         return path.parent
 
     return merged, folder_of
+
+
+def lay_suite_over(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """RFC 7396, but for the patches in it: a null in one of them is to delete a key of a run file, so it stays."""
+    merged: dict[str, Any] = merge_patch(tree, over)
+    merge_patches_of(merged, tree, over)
+    if isinstance(merged.get("legs"), dict):
+        for name, leg in merged["legs"].items():
+            merge_patches_of(leg, *(entry_of(entry_of(each, "legs"), name) for each in (tree, over)))
+    return merged
+
+
+def merge_patches_of(merged: Any, tree: dict[str, Any], over: dict[str, Any]) -> None:
+    """Set `patch` of `merged`, a suite or a leg, to what those of `tree` and `over` do one after the other."""
+    if isinstance(merged, dict) and isinstance(merged.get("patch"), dict):
+        merged["patch"] = join_patches(entry_of(tree, "patch"), entry_of(over, "patch"))
+
+
+def entry_of(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object within an object; {} for anything else, which is refused later."""
+    found = tree.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def merge_over(base: Path, patch: dict[str, Any]) -> dict[str, Any]:
