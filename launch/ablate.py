@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,11 +23,12 @@ from launch.command_line import OneLineParser
 from launch.environment import utc_now
 from launch.experiment import Experiment, RunState, existing_experiment, last_metrics, open_experiment
 from launch.run import Plan, hosts_of, launch_plan
-from launch.run_config import REPO_ROOT
-from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED
+from launch.run_config import REPO_ROOT, resolve
+from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import thousands
 from launch.run_queue import RunQueue, launch_command
 from launch.suite import Leg, Suite, load_suite
+from launch.wandb_run import WandbFailure
 from model.config import ConfigError, DataError
 from model.flops import count_parameters, flops_per_token
 
@@ -173,10 +175,8 @@ def run(args: argparse.Namespace) -> int:
         )
         with view.live:
             code = queue.run()
-    if args.log_wandb:
-        log_to_wandb(experiment)
-    print(f"{experiment.folder / 'report.html'}")
-    return code
+    print(experiment.folder / "report.html")
+    return code if not args.log_wandb or log_to_wandb(experiment) or code else EXIT_FAILED
 
 
 class View:
@@ -208,15 +208,15 @@ def table_of(experiment: Experiment, states: list[RunState]) -> Table:
     table.add_column("reason", overflow="fold")
     for state in states:
         figures = last_metrics(state.folder)
-        num_steps = state.run.tree["run"]["train"]["num_steps"]
+        num_steps = resolve(state.run.tree).num_steps
         table.add_row(
             state.run.leg,
             str(state.run.repeat),
             state.status,
-            "" if state.status == "pending" else f"{state.step}{f'/{num_steps}' if num_steps else ''}",
-            shown(figures.get("train/loss"), lambda value: f"{value:.3f}"),
-            shown(figures.get("tail50_tok_per_sec") or figures.get("train/tok_per_sec"), thousands),
-            shown(figures.get("total_time_min"), lambda value: f"{value:.1f}"),
+            "" if state.status == "pending" else f"{state.step}/{num_steps}",
+            shown(figures.get("train/loss"), "{:.3f}".format),
+            shown(figures.get("tail50_tok_per_sec", figures.get("train/tok_per_sec")), thousands),
+            shown(figures.get("total_time_min"), "{:.1f}".format),
             str(state.attempts or ""),
             "" if state.status == "completed" else state.reason,
             style=STYLES.get(state.status, "red"),
@@ -224,8 +224,8 @@ def table_of(experiment: Experiment, states: list[RunState]) -> Table:
     return table
 
 
-def shown(value: float | None, how: object) -> str:
-    return how(value) if value is not None and callable(how) else ""
+def shown(value: float | None, how: Callable[[float], str]) -> str:
+    return "" if value is None else how(value)
 
 
 # --- status and report ----------------------------------------------------------------------------------------------
@@ -248,15 +248,19 @@ def report(args: argparse.Namespace) -> int:
 
     experiment = existing_experiment(args.exp_dir)
     print(write_report(experiment))
-    if args.log_wandb:
-        log_to_wandb(experiment)
-    return EXIT_COMPLETED
+    return EXIT_COMPLETED if not args.log_wandb or log_to_wandb(experiment) else EXIT_FAILED
 
 
-def log_to_wandb(experiment: Experiment) -> None:
+def log_to_wandb(experiment: Experiment) -> bool:
+    """Whether W&B took the report; a reason goes to stderr."""
     from launch.report import log_report
 
-    log_report(experiment)
+    try:
+        print(log_report(experiment))
+    except WandbFailure as failure:
+        print(f"W&B did not take the report: {failure}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":
