@@ -105,7 +105,8 @@ def main(start: Start) -> int:
         status, reason = status_of(error)
         record_fault(run_dir, start.rank, log, error)
         if log is not None:
-            log.finish(status, reason, trainer.figures(timed=False) if trainer is not None else {})
+            figures = trainer.figures(timed=False) if trainer is not None else {}
+            log.finish(status, reason, figures | {"lost_peer": lost_peer(error) or None})
         return EXIT_FAILED
     finally:
         if trainer is not None:
@@ -119,6 +120,11 @@ def status_of(error: BaseException) -> tuple[Status, str]:
         return "nan", str(error)
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return ("oom" if isinstance(error, torch.OutOfMemoryError) else "failed"), reason
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: that rank's end is the cause, not this error."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 # --- before the model -----------------------------------------------------------------------------------------------
@@ -615,7 +621,10 @@ class Trainer:
 
 
 def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseException) -> None:
-    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere. A NotFinite says all in its one line."""
+    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere; that a peer is gone is no fault of this rank.
+
+    A NotFinite says all in its one line.
+    """
     if isinstance(error, NotFinite):
         return
     trace = "".join(traceback.format_exception(error))
@@ -623,6 +632,8 @@ def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseExcept
         log.say(trace)
         return
     print(trace, file=sys.stderr)
+    if lost_peer(error):
+        return
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / f"rank{rank}.err").write_text(trace)
 

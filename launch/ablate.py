@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from launch.command_line import OneLineParser
 from launch.environment import utc_now
@@ -200,7 +201,7 @@ class View:
 
 def table_of(experiment: Experiment, states: list[RunState]) -> Table:
     """One row a run, from the run folders."""
-    table = Table(title=f"{experiment.suite['name']}: {experiment.suite['question']}")
+    table = Table(title=Text(f"{experiment.suite['name']}: {experiment.suite['question']}"))
     for name in ("leg", "repeat", "status"):
         table.add_column(name)
     for name in ("step", "loss", "tok/s", "minutes", "attempts"):
@@ -218,7 +219,7 @@ def table_of(experiment: Experiment, states: list[RunState]) -> Table:
             shown(figures.get("tail50_tok_per_sec", figures.get("train/tok_per_sec")), thousands),
             shown(figures.get("total_time_min"), "{:.1f}".format),
             str(state.attempts or ""),
-            "" if state.status == "completed" else state.reason,
+            Text("" if state.status == "completed" else state.reason),  # a reason may hold what rich reads as markup
             style=STYLES.get(state.status, "red"),
         )
     return table

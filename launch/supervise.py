@@ -270,6 +270,12 @@ def faults_of(run_dir: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in run_dir.glob("rank*.err")}
 
 
+def faults_since(run_dir: Path, started: str) -> bool:
+    """Whether a rank other than 0 wrote of a fault of its own since then."""
+    began = datetime.fromisoformat(started).timestamp()
+    return any(path.stat().st_mtime >= began for path in run_dir.glob("rank*.err"))
+
+
 # --- judging --------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +313,10 @@ def settle(
     summary = read_summary(run_dir) or {}
     of_this_attempt = "started" in summary and summary["started"] != started_before
     if of_this_attempt and summary["status"] != "running":
+        if summary.get("lost_peer") and not faults_since(run_dir, summary["started"]):
+            reason = f"a rank ended without a word; another then lost it ({summary['reason']})"
+            summary |= {"reason": reason, "ranks_reported": False}
+            write_json(run_dir / "summary.json", summary)
         return report(run_dir, summary)
 
     if read_json_object(run_dir / "env.json") is None:

@@ -108,8 +108,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def labels(runs: list[RunResult]) -> list[str]:
-    """The runs' names, numbered where several have the same."""
+    """The runs' names; with the folder above where several have the same, and numbered where that is the same too."""
     names = [run.name for run in runs]
+    names = [
+        name if names.count(name) == 1 or run.folder.name != name else f"{run.folder.parent.name}/{name}"
+        for name, run in zip(names, runs, strict=True)
+    ]
     numbers = (names[: i + 1].count(name) for i, name in enumerate(names))
     return [name if names.count(name) == 1 else f"{name} #{n}" for name, n in zip(names, numbers, strict=True)]
 

@@ -62,10 +62,12 @@ def test_values_are_compared_as_json_where_1_is_1_0_but_not_true(one: object, ot
     assert bool(compared(a_run(moe={"key": one}), a_run("b", moe={"key": other})).keys) is differ
 
 
-def test_runs_of_one_name_are_numbered_and_the_list_says_which_is_which() -> None:
+def test_runs_of_one_name_are_told_apart_by_their_folders_or_numbers() -> None:
     found = compared(a_run(folder=Path("x/a")), a_run("b"), a_run(folder=Path("y/a")))
-    assert found.runs == ["a #1", "b", "a #2"]
-    assert as_text(found).startswith("a #1: x/a\nb: b\na #2: y/a\n")
+    assert found.runs == ["x/a", "b", "y/a"]
+    found = compared(a_run(folder=Path("x/a")), a_run("b"), a_run(folder=Path("z/x/a")))
+    assert found.runs == ["x/a #1", "b", "x/a #2"]
+    assert as_text(found).startswith("x/a #1: x/a\nb: b\nx/a #2: z/x/a\n")
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -72,6 +72,27 @@ def test_a_run_that_still_says_running_has_failed_at_its_last_logged_step(run_di
     assert "pid" not in summary
 
 
+def lose_a_peer(run_dir: Path) -> None:
+    summary = {"status": "failed", "reason": "RuntimeError: reset", "step": 7, "started": NOW, "lost_peer": True}
+    write_json(run_dir / "summary.json", summary)
+
+
+def test_a_rank_that_lost_another_tells_of_a_rank_that_ended_without_a_word(run_dir: Path, refusal: Path) -> None:
+    lose_a_peer(run_dir)
+    assert settle(run_dir, BEFORE, 7, refusal, stop_requests=0) == 4
+    summary = summary_of(run_dir)
+    assert summary["reason"] == "a rank ended without a word; another then lost it (RuntimeError: reset)"
+    assert summary["ranks_reported"] is False
+
+
+def test_a_rank_that_lost_another_which_wrote_why_has_failed_of_that(run_dir: Path, refusal: Path) -> None:
+    lose_a_peer(run_dir)
+    (run_dir / "rank3.err").write_text("Traceback")
+    assert settle(run_dir, BEFORE, 7, refusal, stop_requests=0) == 4
+    assert summary_of(run_dir)["reason"] == "RuntimeError: reset"
+    assert "ranks_reported" not in summary_of(run_dir)
+
+
 def test_the_summary_of_an_earlier_attempt_is_no_success_of_this_one(run_dir: Path, refusal: Path) -> None:
     summarise(run_dir, "stopped", started=BEFORE)
     assert settle(run_dir, BEFORE, 0, refusal, stop_requests=0) == 4
