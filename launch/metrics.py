@@ -50,7 +50,7 @@ METRICS = {
         Metric("moe/dead_experts", "quality"),
     )
 }
-NAMED_VALIDATION = re.compile(r"val/[A-Za-z0-9_-]+/(loss|bpb)")  # run.data.val={"name": prefix}
+NAMED_VALIDATION = re.compile(r"val/(?P<name>[A-Za-z0-9_-]+)/(loss|bpb)")  # run.data.val={"name": prefix}
 
 
 def metric_named(name: str) -> Metric | None:

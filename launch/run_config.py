@@ -373,7 +373,10 @@ def lay_over(tree: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 
 def join_patches(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The patch that does what `first` and then `second` would: unlike in lay_over, nulls stay, and delete later."""
+    """The patch that does what `first` and then `second` would: unlike in lay_over, nulls stay, and delete later.
+
+    But for an object where `first` has null: no patch deletes and then states anew, so the object is merged.
+    """
 
     def join(old: Any, new: Any) -> Any:
         if not isinstance(old, dict) or not isinstance(new, dict):

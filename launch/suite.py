@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from launch.metrics import Gate, parse_gate
+from launch.metrics import NAMED_VALIDATION, Gate, parse_gate
 from launch.reference import read_reference
 from launch.run_config import (
     Run,
@@ -332,6 +332,14 @@ def refuse_unmeasured(gate: Gate, config: SuiteConfig, legs: dict[str, Leg]) -> 
     for name, leg in legs.items():
         if gate.metric.name.startswith("val/") and leg.run.data.val is None:
             raise ConfigError(f"{where}: legs.{name} has no validation data. Name run.data.val, or use another metric.")
+        named = NAMED_VALIDATION.fullmatch(gate.metric.name)
+        if named and (not isinstance(leg.run.data.val, dict) or named["name"] not in leg.run.data.val):
+            raise ConfigError(
+                f"{where}: legs.{name} has no validation data named {named['name']}. Name it, as in "
+                f'run.data.val={{"{named["name"]}": "data/val"}}, or use another metric.'
+            )
+        if gate.metric.name == "time/compile_s" and leg.run.compile.mode == "none":
+            raise ConfigError(f"{where}: legs.{name} has run.compile.mode='none'. Compile it, or use another metric.")
         if gate.metric.name.startswith("moe/") and leg.run.model.moe is None:
             raise ConfigError(f"{where}: legs.{name} has no experts. Use another metric.")
 
