@@ -84,7 +84,7 @@ class SuiteConfig(Section):
     seeds: list[int] | None = None  # of the repeats; default: the leg's run.train.seed, and on from there
     order: Literal["interleaved", "by_leg"] = "interleaved"  # interleaved: each leg once, then all again in reverse
     baseline: str  # the leg that the others are compared with
-    legs: dict[str, LegConfig] = Field(min_length=1)
+    legs: dict[str, LegConfig] = Field(min_length=1)  # by name, which becomes a folder
     gates: list[GateConfig] = Field(min_length=1)  # what decides, written before the first run
     reference: str | None = Field(default=None, min_length=1)  # published rows to show beside, relative to the file
 

@@ -1,4 +1,4 @@
-"""Writes the reference of all keys under `run` into ds_configs/README.md, from the schema itself.
+"""Writes the reference of all keys, of a run file and of a suite file, into ds_configs/README.md from the schemas.
 
 A key's meaning is the comment beside its field; type, limits and default are what the schema checks. A test fails while
 the committed file differs from what this program would write.
@@ -21,18 +21,23 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launch.run_config import REPO_ROOT, RunSection
+from launch.suite import GateConfig, LegConfig, SuiteConfig
 from model import config
 from model.config import Section
 
 README = REPO_ROOT / "ds_configs" / "README.md"
-BEGIN, END = "<!-- keys: written by python -m tools.describe_keys -->", "<!-- end of keys -->"
+RUN_KEYS = "<!-- keys: written by python -m tools.describe_keys -->"
+SUITE_KEYS = "<!-- suite keys: written by python -m tools.describe_keys -->"
+END = "<!-- end of keys -->"
 LIMITS = {"Ge": "ge", "Gt": "gt", "Le": "le", "Lt": "lt"}
 SIGNS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
 
 
-def describe_keys() -> str:
-    """The reference as Markdown: a table for every section of RunSection."""
-    return "\n\n".join(table(path, section) for path, section in sections("run", RunSection))
+def describe_keys() -> dict[str, str]:
+    """The reference as Markdown, a table for every section, by the mark after which it belongs."""
+    of_run = [table(path, section) for path, section in sections("run", RunSection)]
+    of_suite = [table("suite", SuiteConfig), table("suite.legs.NAME", LegConfig), table("suite.gates.N", GateConfig)]
+    return {RUN_KEYS: "\n\n".join(of_run), SUITE_KEYS: "\n\n".join(of_suite)}
 
 
 def sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
@@ -85,6 +90,9 @@ NAMED_TYPES = {
     "TrainNames": "str | list",
     "ValNames": "str | object | list | None",
     "MoEConfig": "object",
+    "dict[str, Any]": "object",
+    "dict[str, LegConfig]": "object",
+    "list[GateConfig]": "list",
 }
 
 
@@ -118,10 +126,14 @@ def default_of(field: FieldInfo) -> str:
 
 
 def with_keys(readme: str) -> str:
-    """The README with the part between the two marks written anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{describe_keys()}\n\n{END}{after}"
+    """The README with what stands between each mark and the next end written anew."""
+    for begin, tables in describe_keys().items():
+        before, mark, rest = readme.partition(begin)
+        _, end, after = rest.partition(END)
+        if not mark or not end:
+            raise SystemExit(f"{README.name} has no {begin} with {END} after it. Put both where the tables belong.")
+        readme = f"{before}{begin}\n\n{tables}\n\n{END}{after}"
+    return readme
 
 
 def main(argv: list[str] | None = None) -> int:

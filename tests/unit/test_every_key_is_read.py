@@ -1,4 +1,4 @@
-"""Every key of the `run` section is read by code that acts on it; a key that is only declared or checked fails here.
+"""Every key of a run section and of a suite file is read by code that acts on it; one only declared fails here.
 
 mypy knows the type of every expression in the product, so `config.seed` is known to be TrainConfig.seed whatever the
 variable is called, and code that this machine cannot run counts too. A read counts where it happens outside the
@@ -22,6 +22,7 @@ from mypy.plugin import AttributeContext, MethodContext, Plugin
 from mypy.types import Type
 
 from launch.run_config import REPO_ROOT, RunSection
+from launch.suite import SuiteConfig
 from model.config import Section
 
 PRODUCT = ("train.py", "launch/*.py", "model/*.py", "tools/*.py", "tools/*/*.py")
@@ -128,7 +129,7 @@ def product() -> dict[str, Path]:
 
 
 def test_every_key_is_read_by_code_that_acts_on_it() -> None:
-    keys = list(keys_of(RunSection))
+    keys = [*keys_of(RunSection), *keys_of(SuiteConfig)]
     found = acted_on(product(), {key.rpartition(".")[0] for key in keys})
     unread = [key for key in keys if key not in found]
     assert not unread, f"use these keys, or remove them from the schema: {', '.join(unread)}"
