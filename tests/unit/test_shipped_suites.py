@@ -135,11 +135,10 @@ def test_routing_compares_every_preset_with_the_seeds() -> None:
 
 
 def test_moe_against_dense_is_at_equal_flops_per_token() -> None:
-    for name in ("moe_against_dense", "demo_moe_against_dense"):
-        suite = shipped(name)
-        same_flops(suite, within=0.01)
-        dense = [leg for leg, run in runs_of(suite).items() if run.model.moe is None]
-        assert dense == [suite.config.baseline] == ["dense"]
+    suite = shipped("moe_against_dense")
+    same_flops(suite, within=0.01)
+    dense = [leg for leg, run in runs_of(suite).items() if run.model.moe is None]
+    assert dense == [suite.config.baseline] == ["dense"]
 
 
 def same_flops(suite: Suite, within: float) -> None:
