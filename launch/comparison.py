@@ -16,6 +16,7 @@ from launch.loss_matched import Matched, curve_metric, match
 from launch.metrics import Gate, Metric, parse_gate
 from launch.noise import interval_of_mean, relative_error_of_mean
 from launch.results import RunResult, read_run
+from launch.run_queue import BUSY_PERCENT
 from launch.verdicts import Sample, Verdict, judge
 
 TAIL_STEPS = 50
@@ -173,6 +174,11 @@ class Comparison:
                 if tail < TAIL_STEPS:
                     resumed = ", which was resumed" if run.env.get("attempts") else ""
                     found.append(f"tail-50 figures of {run.name}{resumed} come from {tail} steps")
+        for event in self.experiment.events():
+            if event["event"] == "run_started" and event.get("busy_percent", 0) > BUSY_PERCENT:
+                found.append(
+                    f"other programs kept {event['busy_percent']:.0f}% of the cores busy before {event['run']}"
+                )
         if self.suite["repeats"] == 1:
             found.append("one run a leg: the noise is not known, so no leg can be told from another")
         if not self.timed:

@@ -34,12 +34,15 @@ from launch.experiment import (
 )
 from launch.run import TRAIN_SCRIPT, usable_cores
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, read_summary
+from launch.shared_memory import remove_unused_buffers
 from launch.suite import PlannedRun
 from launch.supervise import GRACE_SECONDS, StopRequests, is_alive, runs_as_rank, send
 from launch.topology import visible_gpus
 from model.config import ConfigError
 
 POLL_SECONDS = 0.5
+BUSY_SECONDS = 0.5  # to look, before a run that is to have the machine to itself, at what else runs there
+BUSY_PERCENT = 10.0  # of all cores: from here on it is told
 SHOW_SECONDS = 2.0  # between looks at the run folders
 SLOT = "MOELAB_SLOT"  # environment variable: which GPU, or share of the cores, an attempt has
 
@@ -169,6 +172,9 @@ class RunQueue:
         run_file = experiment.run_file(run)
         slot = min(set(range(self.slots)) - {attempt.slot for attempt in self.active})
         variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **self.variables_of_slot(slot)}
+        busy = (
+            {"busy_percent": psutil.cpu_percent(BUSY_SECONDS)} if self.alone else {}
+        )  # by others: nothing of ours runs
         with open(folder.with_suffix(".txt"), "ab") as console:
             child = subprocess.Popen(
                 [*self.launcher, str(run_file), "--run_dir", str(folder)],
@@ -179,8 +185,12 @@ class RunQueue:
                 start_new_session=True,
             )
         self.active.append(Attempt(run, folder, slot, resumed, psutil.Process(child.pid), child))
-        self.note("run_started", self.active[-1], pid=child.pid, resumed=resumed)
+        self.note("run_started", self.active[-1], pid=child.pid, resumed=resumed, **busy)
         self.say(f"{run.name}: {f'continues from step {state.step}' if resumed else 'started'} ({folder.name})")
+        if busy.get("busy_percent", 0) > BUSY_PERCENT:
+            self.say(
+                f"{run.name}: other programs keep {busy['busy_percent']:.0f}% of the cores busy: its speed will tell"
+            )
 
     def variables_of_slot(self, slot: int) -> dict[str, str]:
         """What keeps runs that are side by side out of each other's way."""
@@ -291,6 +301,7 @@ def end_processes(folder: Path) -> None:
         for process in left:
             send(process, signal.SIGKILL)
         time.sleep(0.1)
+    remove_unused_buffers()
 
 
 def last_line(path: Path) -> str:

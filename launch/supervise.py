@@ -40,6 +40,7 @@ from launch.run_dir import (
     read_summary,
     write_json,
 )
+from launch.shared_memory import remove_unused_buffers
 from model.config import ConfigError
 
 POLL_SECONDS = 0.5
@@ -173,6 +174,7 @@ def supervise(
             if elsewhere is not None:
                 kill_elsewhere(deepspeed, elsewhere)
             owned.kill()
+            remove_unused_buffers()
         return settle(run_dir, started_before, deepspeed.wait(), refusal_file, stop.count)
 
 

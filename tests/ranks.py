@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from launch.shared_memory import remove_unused_buffers
+
 SECONDS_PER_CALL = 240  # a hang is a failure; no test is near this
 
 
@@ -50,6 +52,7 @@ class RankPool:
         for process in self.processes:
             process.kill()
             process.join()
+        remove_unused_buffers()
 
 
 def serve(rank: int, world_size: int, port: int, threads: int, pipe: Connection) -> None:

@@ -33,13 +33,7 @@ def test_gloo_tells_that_a_peer_is_gone() -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", LOSE_RANK_1],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
+            env={**os.environ, **meeting, "RANK": str(rank)},
             cwd=REPO_ROOT,
             stdout=subprocess.PIPE,
             text=True,
