@@ -95,7 +95,7 @@ def compare(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: s
     difference = statistics.fmean(ours) - statistics.fmean(base)
     half = None
     if noise is not None:
-        half = half_width(noise, len(ours), len(base), comparisons=max(1, len(legs) - 1))
+        half = half_width(noise, len(ours), len(base), comparisons=max(1, sum(map(bool, legs.values())) - 1))
     back = math.exp if metric.is_ratio else float
     as_share = math.expm1 if metric.is_ratio else float
     return Comparison(
