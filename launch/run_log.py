@@ -69,7 +69,8 @@ class RunLog:
         write_json(run_dir / "config.json", run.resolved)
         previous = read_summary(run_dir) or {}
         self.minutes_before = previous.get("total_time_min", 0.0) if resumed_step else 0.0
-        so_far = {"total_time_min": self.minutes_before} if self.minutes_before else {}
+        self.tail_before = {name: value for name, value in previous.items() if resumed_step and name.startswith("tail")}
+        so_far = {"total_time_min": self.minutes_before, **self.tail_before} if self.minutes_before else {}
         self._write_summary("running", {**so_far, "pid": os.getpid(), "hostname": socket.gethostname()})
 
         self.metrics = StepLines(run_dir / "metrics.jsonl", resumed_step)
@@ -124,13 +125,16 @@ class RunLog:
         """Write the final summary.json, then close the bar, log.txt and W&B.
 
         A figure that is None or not finite was not measured, and is left out. total_time_min adds up over the attempts
-        of a resumed run. The summary comes first: W&B may take its time with a dead network.
+        of a resumed run; the tail figures are those of its last stretch without a break that has TAIL_STEPS measured steps,
+        else of the longest. The summary comes first: W&B may take its time with a dead network.
         """
         if not self.enabled:
             return
         ended = utc_now()
         spent = datetime.fromisoformat(ended) - datetime.fromisoformat(self.started)
         measured = {name: value for name, value in figures.items() if is_measured(value)}
+        if self.tail_before.get("tail_steps", 0) > measured.get("tail_steps", 0):
+            measured |= self.tail_before
         measured["total_time_min"] = self.minutes_before + spent.total_seconds() / 60
         self._write_summary(status, {"reason": reason, "ended": ended, **measured})
         if self.bar is not None:

@@ -147,6 +147,23 @@ def test_total_time_adds_up_over_the_attempts_of_a_run(tmp_path: Path, run: Run)
     assert 100.0 < read(tmp_path / "summary.json")["total_time_min"] < 101.0
 
 
+@pytest.mark.parametrize(("steps_now", "kept"), [(3, 12), (0, 12), (12, 12), (20, 20)])
+def test_a_tail_of_few_steps_after_a_break_does_not_replace_a_longer_one(
+    tmp_path: Path, run: Run, steps_now: int, kept: int
+) -> None:
+    open_log(tmp_path, run).finish("stopped", "asked", {"tail_steps": 12, "tail50_tok_per_sec": 12.0})
+    now = {"tail_steps": steps_now, "tail50_tok_per_sec": 5.0} if steps_now else {}
+    open_log(tmp_path, run, resumed_step=2).finish("completed", "done", now)
+    summary = read(tmp_path / "summary.json")
+    assert (summary["tail_steps"], summary["tail50_tok_per_sec"]) == (kept, 12.0 if steps_now < 12 else 5.0)
+
+
+def test_a_run_that_begins_again_keeps_nothing_of_an_earlier_tail(tmp_path: Path, run: Run) -> None:
+    open_log(tmp_path, run).finish("failed", "no reason", {"tail_steps": 12, "tail50_tok_per_sec": 12.0})
+    open_log(tmp_path, run).finish("completed", "done", {})
+    assert "tail_steps" not in read(tmp_path / "summary.json")
+
+
 def test_each_attempt_has_its_own_start_by_which_its_summary_is_known(tmp_path: Path, run: Run) -> None:
     open_log(tmp_path, run)
     first = read(tmp_path / "summary.json")["started"]
