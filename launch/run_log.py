@@ -125,8 +125,8 @@ class RunLog:
         """Write the final summary.json, then close the bar, log.txt and W&B.
 
         A figure that is None or not finite was not measured, and is left out. total_time_min adds up over the attempts
-        of a resumed run; the tail figures are those of its last stretch without a break that has TAIL_STEPS measured steps,
-        else of the longest. The summary comes first: W&B may take its time with a dead network.
+        of a resumed run; the tail figures are those of its last stretch of TAIL_STEPS without a break, else of the
+        longest. The summary comes first: W&B may take its time with a dead network.
         """
         if not self.enabled:
             return

@@ -241,6 +241,7 @@ def test_tail_throughput_is_tokens_over_the_sum_of_the_times_not_the_mean_of_rat
         "tail50_tok_per_sec": 500.0,  # 2000 tokens in 4 seconds; the mean of the rates would be 667
         "tail50_tok_per_sec_per_gpu": 250.0,
         "tail50_dt_ms": 2000.0,
+        "tail50_step_ms": [1000.0, 3000.0],
         "tail50_mfu": 25.0,  # 250 tokens/s of 1 GFLOP on 1 TFLOP/s
     }
 
