@@ -10,6 +10,7 @@ again in a fresh folder.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,7 @@ class RunQueue:
             self.experiment.note("queue_started", pid=os.getpid(), legs=sorted(self.legs))
             try:
                 self.take_over()
+                self.drop_checkpoints()
                 while True:
                     self.see_what_ended()
                     if stop.count > heard:
@@ -206,6 +208,7 @@ class RunQueue:
             self.active.remove(attempt)
             end_processes(attempt.folder)
             self.settle(attempt)
+            self.drop_checkpoints()
             self.report_wanted = True
 
     def settle(self, attempt: Attempt) -> None:
@@ -229,6 +232,13 @@ class RunQueue:
         state = self.experiment.state(run, set(), {})
         self.note("run_ended", attempt, status=state.status, exit_code=code, reason=state.reason, step=state.step)
         self.say(f"{run.name}: {state.status} at step {state.step}{f' ({state.reason})' if state.reason else ''}")
+
+    def drop_checkpoints(self) -> None:
+        """Remove those of completed runs, if the suite says so. What is unfinished needs its own."""
+        if not self.experiment.suite["keep_checkpoints"]:
+            for state in self.states():
+                if state.status == "completed" and state.folder is not None:
+                    shutil.rmtree(state.folder / "checkpoints", ignore_errors=True)
 
     def ask_to_stop(self, again: bool) -> None:
         """launch.run passes the first request on to the ranks, which save; the second kills them."""

@@ -83,6 +83,7 @@ class SuiteConfig(Section):
     repeats: int = Field(default=2, ge=1)  # runs of every leg; the noise floor comes from them
     seeds: list[int] | None = None  # of the repeats; default: the leg's run.train.seed, and on from there
     order: Literal["interleaved", "by_leg"] = "interleaved"  # interleaved: each leg once, then all again in reverse
+    keep_checkpoints: bool = True  # of completed runs; false: they are removed, and the disk holds one run's at a time
     baseline: str  # the leg that the others are compared with
     legs: dict[str, LegConfig] = Field(min_length=1)  # by name, which becomes a folder
     gates: list[GateConfig] = Field(min_length=1)  # what decides, written before the first run

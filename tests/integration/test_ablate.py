@@ -282,6 +282,14 @@ def test_quality_runs_go_side_by_side_each_with_its_share_of_the_cores(tmp_path:
     assert config["run"]["launch"]["num_gpus"] == 1
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_checkpoints_of_completed_runs_are_removed_only_if_the_suite_says_so(tmp_path: Path, keep: bool) -> None:
+    ablation = Ablation(tmp_path, {"cap_1": {"end": "crash"}}, keep_checkpoints=keep)
+    assert ablation("run").returncode == 4
+    assert (ablation.exp_dir / "legs/base/repeat1_attempt1/checkpoints/latest").exists() is keep
+    assert (ablation.exp_dir / "legs/cap_1/repeat1_attempt1/checkpoints/latest").exists()  # to be continued from
+
+
 def test_throughput_runs_are_alone_on_the_machine(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
     queue = ablation.start("run")
