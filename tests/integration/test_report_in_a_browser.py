@@ -250,6 +250,8 @@ def test_texts_sort_as_a_person_would_sort_them(browser: webdriver.Chrome) -> No
     headers(browser)[0].click()
     assert column(browser, 1) == ["c", "b_10", "b_9", "a", HOSTILE]
     assert [e.get_attribute("aria-sort") for e in browser.find_elements(By.TAG_NAME, "th")] == ["descending", "none"]
+    headers(browser)[1].click()
+    assert [e.get_attribute("aria-sort") for e in browser.find_elements(By.TAG_NAME, "th")] == ["none", "ascending"]
 
 
 def test_a_column_explains_itself(browser: webdriver.Chrome) -> None:

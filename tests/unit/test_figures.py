@@ -14,7 +14,7 @@ STEPS = list(range(100))
 RUNS = [Curve(leg, f"{leg}-{run}", STEPS, [5.0 + run] * 100) for leg in reversed(LEGS) for run in (1, 2)]
 LOSS = Figure("loss", "Loss", "step", "loss", RUNS)
 MFU = Figure("mfu", "MFU", "step", "percent", [Curve("base", "base-1", [1, 2], [math.nan, math.nan])])
-LOAD = HeatMap("load", "Load", [1, 2, 10], [[0.0, 1.0, 1.0], [2.0, 1.0, math.nan]])
+LOAD = HeatMap("load", "Load", [1, 2, 10], [[0.0, 1.0, 1.0], [5.0, 1.0, math.nan]])
 REPORT = Report("Report", [], [], [], [LOSS, MFU], [LOAD, HeatMap("no_load", "Load", [], [])])
 
 
