@@ -173,6 +173,13 @@ def test_no_button_sends_the_data_away(browser: webdriver.Chrome) -> None:
     assert titles == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
 
 
+def test_a_point_tells_its_step_value_leg_and_run(browser: webdriver.Chrome) -> None:
+    browser.execute_script("Plotly.Fx.hover('figure-0', [{curveNumber: 3, pointNumber: 9}])")
+    wait_until(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#figure-0 .hovertext text.nums tspan")) > 0)
+    lines = [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#figure-0 .hovertext text.nums tspan.line")]
+    assert lines == ["step 10", "value 110", f"leg {HOSTILE}", f"run {HOSTILE}-2"]
+
+
 def legend_names(browser: webdriver.Chrome, plot: str) -> list[str]:
     return [e.text for e in browser.find_elements(By.CSS_SELECTOR, f"#{plot} .legendtext")]
 
