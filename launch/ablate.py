@@ -145,6 +145,8 @@ def describe_suite(suite: Suite, legs: list[Leg], plans: dict[str, Plan]) -> str
             hosts_of(each)
         except ConfigError as refusal:
             lines.append(f"Not here: legs.{name}: {refusal}")
+    if not config.keep_checkpoints:
+        lines.append("Checkpoints of completed runs are removed.")
     if config.repeats == 1:
         lines.append("repeats=1: without repeats the noise is not known, and no leg can be told from another.")
     return "\n".join(lines)

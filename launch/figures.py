@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch.report_parts import Figure, HeatMap, Report
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # is too pale for a line on white. Legs beyond these colours take them again, with other dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot")  # as plotly calls them
-LINE_STYLES: dict[str, Literal["-", "--", ":"]] = {"solid": "-", "dash": "--", "dot": ":"}  # as matplotlib does
+LINE_STYLES = {"solid": "-", "dash": "--", "dot": ":"}  # as matplotlib calls them
 
 # Load of an expert over the mean: blue for too little, white for an even share, red for too much (ColorBrewer's RdBu).
 # One scale for every heat map, so that two of them may be compared by eye; from EVEN_LOAD * 2 on nothing gets redder.
@@ -95,8 +95,6 @@ def new_canvas(title: str, x_label: str, y_label: str, height: float) -> tuple[C
 
 
 def draw_curves(figure: Figure, styles: dict[str, LegStyle]) -> Canvas:
-    from matplotlib.lines import Line2D
-
     curves = figure.measured_curves()
     legs = [leg for leg in styles if any(curve.leg == leg for curve in curves)]
     labels = [as_text(shortened(leg)) for leg in legs]
@@ -105,8 +103,9 @@ def draw_curves(figure: Figure, styles: dict[str, LegStyle]) -> Canvas:
     if not curves:
         say_not_measured(axes)
         return canvas
+    lines = {}
     for curve in curves:
-        axes.plot(
+        [lines[curve.leg]] = axes.plot(
             curve.x,
             curve.y,
             color=styles[curve.leg].colour,
@@ -118,7 +117,7 @@ def draw_curves(figure: Figure, styles: dict[str, LegStyle]) -> Canvas:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.ticklabel_format(useOffset=False)
-    entries = [Line2D([], [], color=styles[leg].colour, linestyle=LINE_STYLES[styles[leg].dash]) for leg in legs]
+    entries = [lines[leg] for leg in legs]
     canvas.legend(entries, labels, loc="outside lower left", ncols=columns, fontsize=9, frameon=False)
     return canvas
 
@@ -131,12 +130,12 @@ def draw_heat_map(heat_map: HeatMap) -> Canvas:
     if not heat_map.steps:
         say_not_measured(axes)
         return canvas
-    colours = LinearSegmentedColormap.from_list("load", HEAT_COLOURS)
+    colours = LinearSegmentedColormap.from_list("load", HEAT_COLOURS, N=257)  # odd: one is the middle
     mesh = axes.pcolormesh(
         edges(heat_map.steps), edges(range(len(heat_map.load))), heat_map.load, cmap=colours, vmin=0, vmax=HEAT_MAX
     )
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bar = canvas.colorbar(mesh, ax=axes, label=LOAD_LABEL, extend="max")
     bar.set_ticks(list(HEAT_TICKS), labels=list(HEAT_TICKS.values()))
     return canvas

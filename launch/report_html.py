@@ -1,13 +1,16 @@
-"""A report as one HTML file that asks for nothing from the network: plotly.js, styles and data are in it.
+"""A report as one HTML page that needs nothing else: plotly.js is in it, and it fetches nothing.
 
-report_page.html is the page; here its texts, tables and plots are made. The same report gives the same bytes.
+report.html.template holds the page's style and its script; this file, what goes into it. The same report gives the same
+bytes: ids are counted, and no date is named.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import math
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,178 +25,230 @@ from launch.figures import (
     line_width,
     shortened,
 )
-from launch.report_parts import Cell, Column, Figure, HeatMap, Report, Table
+from launch.report_parts import Cell, Column, Curve, Figure, HeatMap, Report, Table
 
-PAGE = Path(__file__).with_name("report_page.html")
-WIDE_TEXT = 40  # letters from which a cell keeps some width, lest it become a column of single words
+TEMPLATE = Path(__file__).with_name("report.html.template")
+DASH_ARRAYS = {"solid": "none", "dash": "6 3", "dot": "2 3"}  # as SVG calls them, beside the check boxes
+
+PLOT_HEIGHT = 400  # pixels; a legend is added below
+LEGEND_ROW = 22
+SIGNIFICANT_DIGITS = 6  # of what is drawn; steps.csv has them all
+
+Plot = dict[str, Any]  # "id" of its element, plotly's "data" and "layout"
 
 
 def to_html(report: Report) -> str:
+    """The whole page. Only what a person may see is in it: no path, no host, no date."""
     from plotly.offline import get_plotlyjs
 
     styles = leg_styles(report.legs())
-    plots = [plot_of(figure, styles) for figure in report.figures if figure.measured_curves()]
-    plots += [heat_plot(heat_map) for heat_map in report.heat_maps if heat_map.steps]
+    plots = [curves_plot(f"figure-{i}", figure, styles) for i, figure in enumerate(report.figures) if shows(figure)]
+    plots += [heat_plot(f"heat-map-{i}", heat_map) for i, heat_map in enumerate(report.heat_maps) if shows(heat_map)]
     parts = {
-        "title": html.escape(report.title),
-        "plotly": get_plotlyjs(),
-        "introduction": introduction(report),
-        "tables": "\n".join(table_html(table) for table in report.tables),
-        "figures": figures_html(report, styles),
+        "title": escape(report.title),
+        "plotly_js": get_plotlyjs(),
+        "body": "\n".join(body(report, styles)),
         "plots": in_script(plots),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], PAGE.read_text(encoding="utf-8"))
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: what is filled in is not read
 
 
-def in_script(content: Any) -> str:
-    """JSON that no text in it can end the script element of."""
-    return json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+def shows(part: Figure | HeatMap) -> bool:
+    return bool(part.measured_curves() if isinstance(part, Figure) else part.steps)
 
 
-def introduction(report: Report) -> str:
-    lines = [f"<p>{html.escape(paragraph)}</p>" for paragraph in report.paragraphs]
+def body(report: Report, styles: dict[str, LegStyle]) -> Iterator[str]:
+    yield f"<h1>{escape(report.title)}</h1>"
+    yield from (f"<p>{escape(paragraph)}</p>" for paragraph in report.paragraphs)
     if report.warnings:
-        items = "".join(f"<li>{html.escape(warning)}</li>" for warning in report.warnings)
-        lines.append(f'<div class="warnings" role="alert"><b>Before you believe a number</b><ul>{items}</ul></div>')
-    return "\n".join(lines)
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def table_html(table: Table) -> str:
-    numeric = [table.holds_numbers(index) for index in range(len(table.columns))]
-    head = "".join(header_html(column, number) for column, number in zip(table.columns, numeric, strict=True))
-    rows = []
-    for row in table.rows:
-        cells = zip(table.columns, row, numeric, strict=True)
-        rows.append("<tr>" + "".join(cell_html(column, cell, number) for column, cell, number in cells) + "</tr>")
-    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(rows)
-        + f"\n</tbody></table></div>\n{note}"
-    )
-
-
-def header_html(column: Column, number: bool) -> str:
-    kind = ' class="number"' if number else ""
-    title = f' title="{html.escape(column.explanation)}"' if column.explanation else ""
-    return f'<th scope="col"{kind}{title}>{html.escape(column.name)}</th>'
-
-
-def cell_html(column: Column, cell: Cell, number: bool) -> str:
-    kinds = ["number"] if number else []
-    if cell is None:
-        kinds.append("missing")
-    if isinstance(cell, str) and len(cell) > WIDE_TEXT:
-        kinds = ["wide"]
-    value = f' data-value="{cell!r}"' if isinstance(cell, int | float) else ""
-    kind = f' class="{" ".join(kinds)}"' if kinds else ""
-    return f"<td{kind}{value}>{html.escape(column.shown(cell))}</td>"
-
-
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def figures_html(report: Report, styles: dict[str, LegStyle]) -> str:
-    boxes = "".join(
-        f'<label><input type="checkbox" checked value="{html.escape(leg)}">'
-        f'<span class="swatch" style="border-color: {style.colour}; border-top-style: {css_dash(style)}"></span>'
-        f"{html.escape(leg)}</label>"
-        for leg, style in styles.items()
-    )
-    figures = "\n".join(figure_html(figure) for figure in report.figures)
-    parts = [f'<h2>Figures</h2>\n<div class="legs">{boxes}</div>\n<div class="figures">\n{figures}\n</div>']
+        items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
+        yield f'<section class="warnings" role="note"><strong>Warnings</strong><ul>{items}</ul></section>'
+    if any(map(shows, report.figures)):
+        boxes = "\n".join(check_box(leg, style) for leg, style in styles.items())
+        yield f'<div class="legs" role="group" aria-label="Legs shown in all figures">\n{boxes}\n</div>'
+    yield from map(table_section, report.tables)
+    if report.figures:
+        yield figures_section("Figures", (figure_box(f"figure-{i}", part) for i, part in enumerate(report.figures)))
     if report.heat_maps:
-        maps = "\n".join(heat_map_html(heat_map) for heat_map in report.heat_maps)
-        parts.append(f'<h2>Load of the experts</h2>\n<div class="figures">\n{maps}\n</div>')
-    return "\n".join(parts)
+        boxes_of_load = (figure_box(f"heat-map-{i}", part) for i, part in enumerate(report.heat_maps))
+        yield figures_section("Load of the experts", boxes_of_load)
 
 
-def css_dash(style: LegStyle) -> str:
-    return {"solid": "solid", "dash": "dashed", "dot": "dotted"}[style.dash]
+def check_box(leg: str, style: LegStyle) -> str:
+    stroke = f'stroke="{style.colour}" stroke-width="3" stroke-dasharray="{DASH_ARRAYS[style.dash]}"'
+    sample = f'<svg width="22" height="10" aria-hidden="true"><line x1="0" x2="22" y1="5" y2="5" {stroke}/></svg>'
+    box = f'<input type="checkbox" checked autocomplete="off" data-leg="{escape(leg)}">'
+    return f'<label title="{escape(leg)}">{box}{sample}<span class="name">{escape(leg)}</span></label>'
 
 
-def figure_html(figure: Figure) -> str:
-    if not figure.measured_curves():
-        return in_frame(figure, '<div class="unmeasured">not measured</div>')
-    where = plot_id(figure)
-    buttons = "".join(
-        f'<button type="button" data-plot="{where}" data-axis="{axis}axis" aria-pressed="false">log {axis}</button>'
-        for axis in "xy"
+def table_section(table: Table) -> str:
+    numeric = [table.holds_numbers(index) for index in range(len(table.columns))]
+    head = "".join(header_cell(column, is_number) for column, is_number in zip(table.columns, numeric, strict=True))
+    rows = "\n".join(
+        "<tr>" + "".join(body_cell(*each) for each in zip(row, table.columns, numeric, strict=True)) + "</tr>"
+        for row in table.rows
     )
-    return in_frame(figure, f'<div class="axes">{buttons}</div><div class="plot" id="{where}"></div>')
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    grid = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
+    return f'<section><h2>{escape(table.title)}</h2>\n<div class="scroll">{grid}</div>{note}</section>'
 
 
-def heat_map_html(heat_map: HeatMap) -> str:
-    if not heat_map.steps:
-        return in_frame(heat_map, '<div class="unmeasured">not measured</div>')
-    return in_frame(heat_map, f'<div class="plot" id="{plot_id(heat_map)}"></div>')
+def header_cell(column: Column, is_number: bool) -> str:
+    explanation = f' title="{escape(column.explanation)}"' if column.explanation else ""
+    button = f'<button type="button"><span class="name">{escape(column.name)}</span></button>'
+    return f'<th scope="col" aria-sort="none"{class_of(is_number)}{explanation}>{button}</th>'
 
 
-def in_frame(part: Figure | HeatMap, content: str) -> str:
-    return f'<div class="figure"><h3>{html.escape(part.title)}</h3>{content}</div>'
+def body_cell(cell: Cell, column: Column, is_number: bool) -> str:
+    """A number carries its raw value, by which the page sorts."""
+    key = ""
+    if cell is None:
+        key = " data-missing"
+    elif not isinstance(cell, str) and math.isfinite(cell):
+        key = f' data-value="{cell!r}"'
+    return f"<td{class_of(is_number)}{key}>{breakable(column.shown(cell))}</td>"
 
 
-def plot_id(part: Figure | HeatMap) -> str:
-    return "plot-" + re.sub(r"[^A-Za-z0-9_.-]", "_", part.name)
+def class_of(is_number: bool) -> str:
+    return ' class="number"' if is_number else ""
 
 
-def plot_of(figure: Figure, styles: dict[str, LegStyle]) -> dict[str, Any]:
-    """What Plotly.newPlot takes. Runs of a leg are one group of the legend, which shows the first of them."""
-    traces: list[dict[str, Any]] = []
-    for curve in figure.measured_curves():
-        style, few = styles[curve.leg], len(curve.x) <= FEW_POINTS
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers" if few else "lines",
-                "name": html.escape(shortened(curve.leg)),  # plotly reads names as HTML
-                "legendgroup": curve.leg,
-                "showlegend": all(trace["legendgroup"] != curve.leg for trace in traces),
-                "line": {"color": style.colour, "dash": style.dash, "width": line_width(len(curve.x))},
-                "marker": {"size": 4},
-                "x": curve.x,
-                "y": curve.y,
-                "hovertemplate": f"%{{y:.6~g}}, step %{{x}}<br>{html.escape(curve.run)}<extra></extra>",
-            }
-        )
+def figures_section(title: str, boxes: Iterable[str]) -> str:
+    return f'<section><h2>{title}</h2>\n<div class="figures">\n' + "\n".join(boxes) + "\n</div></section>"
+
+
+def figure_box(plot_id: str, part: Figure | HeatMap) -> str:
+    """The frame that the page's script draws a plot into, with buttons for the axes of curves."""
+    title = f"<h3>{escape(part.title)}</h3>"
+    if not shows(part):
+        return f'<figure><figcaption>{title}</figcaption><p class="missing">not measured</p></figure>'
+    buttons = "".join(axis_button(plot_id, axis) for axis in "xy") if isinstance(part, Figure) else ""
+    caption = f'<figcaption>{title}<span class="axes">{buttons}</span></figcaption>'
+    return f'<figure>{caption}<div id="{plot_id}"></div></figure>'
+
+
+def axis_button(plot_id: str, axis: str) -> str:
+    return (
+        f'<button type="button" data-plot="{plot_id}" data-axis="{axis}axis" aria-pressed="false">log {axis}</button>'
+    )
+
+
+def curves_plot(plot_id: str, figure: Figure, styles: dict[str, LegStyle]) -> Plot:
+    curves = figure.measured_curves()
+    legs = [leg for leg in styles if any(curve.leg == leg for curve in curves)]
+    in_order = [curve for leg in legs for curve in curves if curve.leg == leg]
+    first_of_leg = {id(next(curve for curve in curves if curve.leg == leg)) for leg in legs}
+    data = [curve_trace(curve, styles[curve.leg], id(curve) in first_of_leg) for curve in in_order]
+    legend_height = LEGEND_ROW * len(legs) + 10
     layout = {
-        **frame(figure.x_label, figure.y_label),
-        "legend": {"orientation": "h", "y": -0.22, "yanchor": "top", "groupclick": "togglegroup"},
+        **base_layout(PLOT_HEIGHT + legend_height, bottom=55 + legend_height),
+        "xaxis": axis_layout(figure.x_label),
+        "yaxis": axis_layout(figure.y_label),
         "hovermode": "closest",
+        "legend": legend_layout(legend_height),
     }
-    return {"id": plot_id(figure), "data": traces, "layout": layout}
+    return {"id": plot_id, "data": data, "layout": layout}
 
 
-def heat_plot(heat_map: HeatMap) -> dict[str, Any]:
+def legend_layout(height: int) -> dict[str, Any]:
+    """Below the axes, a row for each leg however long its name. A vertical legend would take the width of the axes."""
+    return {
+        "orientation": "h",
+        "entrywidth": 1,
+        "entrywidthmode": "fraction",
+        "tracegroupgap": 0,
+        "maxheight": height,
+        **{"xref": "container", "x": 0, "xanchor": "left"},
+        **{"yref": "container", "y": 0, "yanchor": "bottom"},
+    }
+
+
+def curve_trace(curve: Curve, style: LegStyle, in_legend: bool) -> dict[str, Any]:
+    """plotly reads tags, and %{...}, in names: so names are escaped, and reach its texts through `meta` alone."""
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(curve.x) <= FEW_POINTS else "lines",
+        "x": numbers(curve.x),
+        "y": [rounded(value) for value in curve.y],
+        "line": {"color": style.colour, "dash": style.dash, "width": line_width(len(curve.x))},
+        "marker": {"size": 5},
+        "meta": [escape(shortened(curve.leg)), escape(curve.leg), escape(curve.run)],
+        "name": "%{meta[0]}",
+        "legendgroup": curve.leg,
+        "showlegend": in_legend,
+        "hovertemplate": "step %{x:,}<br>value %{y:,}<br>leg %{meta[1]}<br>run %{meta[2]}<extra></extra>",
+    }
+
+
+def heat_plot(plot_id: str, heat_map: HeatMap) -> Plot:
     places = [place / (len(HEAT_COLOURS) - 1) for place in range(len(HEAT_COLOURS))]
     trace = {
         "type": "heatmap",
         "x": heat_map.steps,
         "y": list(range(len(heat_map.load))),
-        "z": heat_map.load,
+        "z": [[rounded(value) for value in row] for row in heat_map.load],
         "zmin": 0,
         "zmax": HEAT_MAX,
-        "colorscale": [list(pair) for pair in zip(places, HEAT_COLOURS, strict=True)],
+        "colorscale": list(zip(places, HEAT_COLOURS, strict=True)),
         "colorbar": {
             "title": {"text": LOAD_LABEL, "side": "right"},
             "tickvals": list(HEAT_TICKS),
             "ticktext": list(HEAT_TICKS.values()),
         },
-        "hovertemplate": "expert %{y}, step %{x}: %{z:.3f} of the mean<extra></extra>",
+        "hovertemplate": "step %{x:,}<br>expert %{y}<br>load / mean %{z}<extra></extra>",
     }
-    return {"id": plot_id(heat_map), "data": [trace], "layout": frame("step", "expert")}
+    layout = {
+        **base_layout(PLOT_HEIGHT, bottom=55),
+        "xaxis": axis_layout("step"),
+        "yaxis": {**axis_layout("expert"), "tickformat": "d"},
+    }
+    return {"id": plot_id, "data": [trace], "layout": layout}
 
 
-def frame(x_label: str, y_label: str) -> dict[str, Any]:
-    grid = {"gridcolor": "#DDDDDD", "zeroline": False, "automargin": True}
+def base_layout(height: int, bottom: int) -> dict[str, Any]:
     return {
-        "xaxis": {"title": {"text": html.escape(x_label)}, **grid},
-        "yaxis": {"title": {"text": html.escape(y_label)}, **grid},
-        "margin": {"l": 60, "r": 20, "t": 34, "b": 50},
+        "height": height,
+        "autosize": True,
+        "margin": {"l": 70, "r": 15, "t": 30, "b": bottom},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1d2126"},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1b1b1b"},
+        "hoverlabel": {"align": "left"},
     }
+
+
+def axis_layout(label: str) -> dict[str, Any]:
+    return {
+        "title": {"text": escape(label)},
+        "automargin": True,
+        "gridcolor": "#dddddd",
+        "linecolor": "#888888",
+        "mirror": True,
+        "zeroline": False,
+        "exponentformat": "none",
+        "separatethousands": True,
+    }
+
+
+def numbers(values: list[float]) -> list[float | None]:
+    """JSON has no nan and no infinity: a gap in the line."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def rounded(value: float) -> float | None:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
+
+
+def breakable(text: str) -> str:
+    """Where a long name may go on in the next line, a browser would not know."""
+    return re.sub(r"(?<=[_/=])(?=\w)", "<wbr>", escape(text))
+
+
+def in_script(value: Any) -> str:
+    """JSON that no text in it can end the script element of: every "<" is spelt as an escape."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def escape(text: str) -> str:
+    return html.escape(text, quote=True)

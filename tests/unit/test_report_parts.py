@@ -53,7 +53,7 @@ REPORT = Report(
             [["base", 3.14159, 123456.7, 900], ["a|<b>_", None, 9999.4, "not | reached"]],
             "n = 2",
         ),
-        Table("Nothing", [Column("leg")], []),
+        Table("Nothing", [Column("leg"), Column("verdict")], []),
     ],
     figures=[Figure("loss", "Loss [nats]", "step", "loss", [])],
     heat_maps=[HeatMap("load a(1)", "Load", [1], [[1.0]])],
@@ -86,8 +86,8 @@ n = 2
 
 ## Nothing
 
-| leg |
-| --- |
+| leg | verdict |
+| --- | --- |
 
 ## Figures
 
