@@ -3,6 +3,9 @@
 The verdict says whether a leg differs from the baseline by more than noise (launch/noise.py). The gate says whether the
 bound that was written before the first run is kept: `at_least` and `at_most` by the whole interval, `no_worse_than` by
 the mean, since its bound allows for the noise itself. Without repeats the noise is not known, and nothing is decided.
+
+The sigma of a bound is the noise of the other legs' runs: repeats of a leg that lie far apart would widen its own
+bound, and of two repeats one might be as bad as can be.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Comparison:
     difference: float
     low: float | None
     high: float | None
-    sigma: float | None  # of one run
+    sigma: float | None  # of one run, as a bound means it
 
     @property
     def percent(self) -> float | None:
@@ -81,17 +84,27 @@ def noise_of(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: 
     others = pooled_noise([each for name, each in values.items() if name not in (leg, baseline)])
     if own is not None and others is not None and own.sigma > WILD * others.sigma:
         noise = own
-    if noise is None or not metric.from_step_times:
+    return no_less_than_within(noise, metric, [*legs[leg], *legs[baseline]])
+
+
+def noise_of_bound(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: str) -> Noise | None:
+    """Noise of one run of the other legs, the baseline among them: the sigma of the leg's bound."""
+    noise = pooled_noise([means_by_seed(metric, samples) for name, samples in legs.items() if name != leg])
+    return no_less_than_within(noise, metric, legs[baseline])
+
+
+def no_less_than_within(noise: Noise | None, metric: Metric, samples: list[Sample]) -> Noise | None:
+    """The noise, or what the times of steps within these runs say if that is more."""
+    errors = [each.error_within for each in samples if each.error_within is not None]
+    if noise is None or not metric.from_step_times or not errors:
         return noise
-    errors = [each.error_within for each in (*legs[leg], *legs[baseline]) if each.error_within is not None]
-    within = math.sqrt(statistics.fmean(error**2 for error in errors)) if errors else 0.0
-    return Noise(max(noise.sigma, within), noise.freedom)
+    return Noise(max(noise.sigma, math.sqrt(statistics.fmean(error**2 for error in errors))), noise.freedom)
 
 
 def compare(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: str) -> Comparison:
     """`legs` holds the samples of all legs of the suite: they share the noise. Those of `leg` and `baseline` exist."""
     ours, base = means_by_seed(metric, legs[leg]), means_by_seed(metric, legs[baseline])
-    noise = noise_of(metric, legs, leg, baseline)
+    noise, floor = noise_of(metric, legs, leg, baseline), noise_of_bound(metric, legs, leg, baseline)
     difference = statistics.fmean(ours) - statistics.fmean(base)
     half = None
     if noise is not None:
@@ -105,7 +118,7 @@ def compare(metric: Metric, legs: dict[str, list[Sample]], leg: str, baseline: s
         difference=as_share(difference),
         low=as_share(difference - half) if half is not None else None,
         high=as_share(difference + half) if half is not None else None,
-        sigma=as_share(noise.sigma) if noise is not None else None,
+        sigma=as_share(floor.sigma) if floor is not None else None,
     )
 
 
@@ -119,13 +132,11 @@ def outcome_of(comparison: Comparison) -> Outcome:
 def state_of(gate: Gate, comparison: Comparison) -> GateState:
     """Whether the bound is kept; undecided where the interval holds it, or where the noise is not known."""
     limit = limit_of(gate.bound, comparison)
-    if limit is None:
+    if limit is None or comparison.low is None or comparison.high is None:
         return "undecided"
     if gate.rule == "no_worse_than":
         kept = comparison.difference >= limit if gate.metric.higher_is_better else comparison.difference <= limit
         return "passed" if kept else "failed"
-    if comparison.low is None or comparison.high is None:
-        return "undecided"
     inner, outer = (comparison.low, comparison.high) if gate.rule == "at_least" else (-comparison.high, -comparison.low)
     limit = limit if gate.rule == "at_least" else -limit
     return "passed" if inner >= limit else "failed" if outer < limit else "undecided"

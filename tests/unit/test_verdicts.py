@@ -62,12 +62,24 @@ def test_no_worse_than_allows_for_the_noise_of_a_run(mean: float, state: str) ->
     assert found.state == state
 
 
+@pytest.mark.parametrize("others", [0, 2, 6])
+def test_a_leg_whose_repeats_lie_far_apart_does_not_widen_its_own_bound(others: int) -> None:
+    """Half of what two repeats differ by is their sigma, and also what the mean is off by if one of them diverged."""
+    legs = {"base": samples(2.0, 2.002), "leg": samples(2.001, 9.0)}
+    legs |= {f"other{i}": samples(2.0, 2.001) for i in range(others)}
+    found = judge(parse_gate(0, "val/bpb", "no_worse_than", "baseline + 2 sigma"), legs, "leg", "base", None)
+    assert (found.outcome, found.state) == ("not distinguishable", "failed")
+
+
 def test_without_repeats_nothing_is_decided_however_large_the_difference() -> None:
     found = verdict("tail50_tok_per_sec", "at_least", "1.03x baseline", samples(2000.0), samples(1000.0))
     assert (found.outcome, found.state) == ("not distinguishable", "undecided")
     assert found.reason == "no repeats: the noise is not known"
     found = verdict("val/bpb", "no_worse_than", "baseline + 2 sigma", samples(3.0), samples(2.0))
     assert (found.outcome, found.state) == ("not distinguishable", "undecided")
+    for bound in ("baseline", 4.0):  # which need no sigma
+        found = verdict("val/bpb", "no_worse_than", bound, samples(1.9), samples(2.0))
+        assert (found.outcome, found.state) == ("not distinguishable", "undecided")
 
 
 def test_losses_repeated_with_one_seed_say_nothing_of_their_noise() -> None:
