@@ -64,6 +64,23 @@ def test_blocks_see_that_neighbouring_steps_are_alike() -> None:
     assert 0.65 * true_error < by_blocks < 1.2 * true_error
 
 
+@pytest.mark.parametrize(("count", "memory"), [(50, 0.0), (50, 0.5), (12, 0.0)])
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(count: int, memory: float) -> None:
+    draws, series = random.Random(2), 200
+    intervals = [interval_of_mean(correlated(draws, count, memory)) or (0, 0) for _ in range(series)]
+    held = sum(low <= 100 <= high for low, high in intervals)
+    assert 0.92 < held / series < 1
+
+
+def test_slow_steps_at_both_ends_are_drawn_as_often_as_others() -> None:
+    low, high = interval_of_mean([1000.0] + [100.0] * 48 + [1000.0]) or (0, 0)
+    assert low < 136 < high  # their mean
+
+
+def test_an_interval_of_times_stays_above_the_shortest() -> None:
+    assert (interval_of_mean([1000.0] + [1.0] * 49) or (0, 0))[0] == 1.0
+
+
 def test_the_same_times_have_the_same_interval_and_a_wider_spread_a_wider_one() -> None:
     steady, wild = [100.0 + i % 3 for i in range(50)], [100.0 + 10 * (i % 7) for i in range(50)]
     assert interval_of_mean(steady) == interval_of_mean(list(steady))
