@@ -14,7 +14,7 @@ from typing import Any
 from launch.experiment import FAILED, Experiment, RunState
 from launch.loss_matched import Matched, curve_metric, match
 from launch.metrics import Gate, Metric, parse_gate
-from launch.noise import interval_of_mean, relative_error_of_mean
+from launch.noise import FEWEST_STEPS, interval_of_mean, relative_error_of_mean
 from launch.results import RunResult, read_run
 from launch.run_queue import BUSY_PERCENT
 from launch.verdicts import Sample, Verdict, judge
@@ -92,15 +92,17 @@ class Comparison:
         mean = statistics.fmean(times)
         return speed * mean / interval[1], speed * mean / interval[0]
 
-    def matched(self, leg: str) -> list[Matched]:
-        """Loss-matched speed of every completed run of a leg, against the baseline's run of the same repeat."""
+    def matched(self, leg: str) -> list[tuple[Matched, Matched]]:
+        """Every completed run of a leg and the baseline's of the same repeat, at the loss that the latter ends with."""
         bases = {entry.state.run.repeat: entry.result for entry in self.legs[self.baseline] if completed(entry)}
         found = []
         for entry in self.legs[leg]:
             base = bases.get(entry.state.run.repeat)
             if completed(entry) and entry.result is not None and base is not None:
-                found.append(match(entry.result, base, self.curve_metric, self.timed))
-        return [each for each in found if each is not None]
+                own, its_base = (match(run, base, self.curve_metric, self.timed) for run in (entry.result, base))
+                if own is not None and its_base is not None:
+                    found.append((own, its_base))
+        return found
 
     # --- verdicts ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +115,9 @@ class Comparison:
             if (unfinished := self.unfinished(name)) is not None:
                 return Verdict(gate, leg, None, None, unfinished if name == leg else f"baseline: {unfinished}")
         samples = self.samples(gate.metric)
-        return judge(gate, samples, leg, self.baseline, self.why_invalid(gate, leg, samples))
+        invalid = self.why_invalid(gate, leg, samples)
+        comparable = {name: found for name, found in samples.items() if not has_no_ratio(gate.metric, found)}
+        return judge(gate, comparable, leg, self.baseline, invalid)
 
     def unfinished(self, leg: str) -> str | None:
         """That runs of a leg are still to come; one that has failed for good counts as ended."""
@@ -131,12 +135,20 @@ class Comparison:
                     return f"{whose}repeat {entry.state.run.repeat} {entry.state.status}{reason}"
             if missing := len(self.legs[name]) - len(samples[name]):
                 return f"{whose}{gate.metric.name} was not measured in {missing} of {len(self.legs[name])} runs"
-            if gate.metric.is_ratio and any(sample.value <= 0 for sample in samples[name]):
+            if has_no_ratio(gate.metric, samples[name]):
                 return f"{whose}{gate.metric.name} is not above 0"
+            for entry in self.legs[name] if gate.metric.from_step_times else []:
+                tail = entry.result.figure("tail_steps") if entry.result is not None else None
+                if tail is not None and tail < FEWEST_STEPS:
+                    return f"{whose}repeat {entry.state.run.repeat} was timed over {tail:g} steps, which say too little"
         if gate.metric.kind == "speed" and len(self.distinct("hardware", [leg, self.baseline])) > 1:
             return "leg and baseline ran on different hardware"
         if gate.metric.name.startswith("val/") and len(self.distinct("validation data", [leg, self.baseline])) > 1:
             return "leg and baseline were validated on different data"
+        if gate.metric.name.startswith("train/") and len(self.distinct("training data", [leg, self.baseline])) > 1:
+            return "leg and baseline were trained on different data"
+        if gate.metric.kind == "quality" and "forced" in self.distinct("routing", [leg, self.baseline]):
+            return "the load of experts is forced, so that losses say nothing about a model"
         return None
 
     # --- what they ran on -------------------------------------------------------------------------------------------
@@ -174,6 +186,11 @@ class Comparison:
                 if tail < TAIL_STEPS:
                     resumed = ", which was resumed" if run.env.get("attempts") else ""
                     found.append(f"tail-50 figures of {run.name}{resumed} come from {tail} steps")
+            if run is not None and completed(entry) and self.timed and run.env.get("attempts"):
+                found.append(
+                    f"{run.name} was resumed: its total time includes what was done twice, its compile time "
+                    "and peak memory are of the last attempt"
+                )
         for event in self.experiment.events():
             if event["event"] == "run_started" and event.get("busy_percent", 0) > BUSY_PERCENT:
                 found.append(
@@ -215,6 +232,11 @@ def circumstances_of(run: RunResult) -> list[dict[str, str]]:
 def fingerprint(value: object) -> str | None:
     """A data hash, or several, in one word."""
     return value if isinstance(value, str) or value is None else json.dumps(value, sort_keys=True)
+
+
+def has_no_ratio(metric: Metric, samples: list[Sample]) -> bool:
+    """Whether a figure that is compared as a ratio is 0 somewhere."""
+    return metric.is_ratio and any(sample.value <= 0 for sample in samples)
 
 
 def completed(entry: Entry) -> bool:

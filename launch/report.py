@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from launch.comparison import Comparison, completed
+from launch.comparison import Comparison, completed, has_no_ratio
 from launch.csv_files import write_rows_csv, write_steps_csv
 from launch.experiment import Experiment
 from launch.figures import write_figures
@@ -234,10 +234,10 @@ def quality_table(comparison: Comparison) -> Table:
 
 
 def matched_table(comparison: Comparison) -> Table:
-    base = comparison.matched(comparison.baseline)
     rows: list[list[Cell]] = []
     for leg in comparison.legs:
-        matched = comparison.matched(leg)
+        pairs = comparison.matched(leg)
+        matched, base = [own for own, _ in pairs], [its_base for _, its_base in pairs]
         reached = [each for each in matched if each.tokens is not None]
         tokens: Cell = None
         seconds: Cell = None
@@ -289,7 +289,7 @@ def noise_table(comparison: Comparison) -> Table:
     for name in names:
         metric = metric_named(name) or METRICS[name]
         samples = {leg: found for leg, found in comparison.samples(metric).items() if found}
-        if comparison.baseline not in samples or (metric.is_ratio and has_zero(samples)):
+        if comparison.baseline not in samples or any(has_no_ratio(metric, found) for found in samples.values()):
             rows.append([name, None, None, None])
             continue
         noise = noise_of(metric, samples, comparison.baseline, comparison.baseline)
@@ -313,10 +313,6 @@ def noise_table(comparison: Comparison) -> Table:
         rows,
         "From repeats; of speed at least what the times of steps say. Of losses only repeats with other seeds count.",
     )
-
-
-def has_zero(samples: dict[str, list[Any]]) -> bool:
-    return any(sample.value <= 0 for found in samples.values() for sample in found)
 
 
 def runs_table(comparison: Comparison) -> Table:

@@ -191,6 +191,26 @@ def test_an_attempt_on_other_hardware_counts_though_the_first_was_on_the_same(co
     assert verdicts(copy)["fast", "tail50_tok_per_sec"][0] == "invalid"
 
 
+def test_loss_of_other_training_data_or_of_forced_routing_is_invalid_and_speed_is_not(copy: Path) -> None:
+    for leg in ("base", "seed"):  # the baseline too: like with like says as little about a model
+        for path in copy.glob(f"legs/{leg}/*/config.json"):
+            edit(path, lambda config: config["run"]["model"]["moe"].update(force_balanced=True))
+    edit(copy / "legs/fast/repeat1_attempt1/env.json", lambda env: env["data"].update(train="other"))
+    found = verdicts(copy)
+    assert {found[leg, "train/loss"] for leg in ("seed", "slow", "fast")} == {("invalid", "failed")}
+    assert found["fast", "tail50_tok_per_sec"] == ("better", "passed")
+    text = (copy / "report.md").read_text()
+    assert "the load of experts is forced" in text
+    assert "leg and baseline were trained on different data" in text
+
+
+def test_a_leg_without_a_ratio_is_invalid_and_does_not_keep_the_others_from_a_verdict(copy: Path) -> None:
+    edit(copy / "legs/slow/repeat1_attempt1/summary.json", lambda summary: summary.update(tail50_tok_per_sec=0))
+    found = verdicts(copy)
+    assert found["slow", "tail50_tok_per_sec"][0] == "invalid"
+    assert found["fast", "tail50_tok_per_sec"] == ("better", "passed")
+
+
 def test_forced_routing_is_flagged(copy: Path) -> None:
     def force(config: dict[str, Any]) -> None:
         config["run"]["model"]["moe"]["force_balanced"] = True
@@ -205,6 +225,15 @@ def test_a_tail_of_few_steps_is_said(copy: Path) -> None:
     edit(path / "env.json", lambda env: env["attempts"].append({}))
     said = "tail-50 figures of slow/repeat1, which was resumed come from 12 steps"
     assert said in report_of(copy).warnings
+    assert any(each.startswith("slow/repeat1 was resumed: its total time") for each in report_of(copy).warnings)
+
+
+def test_a_leg_cannot_win_by_a_handful_of_steps(copy: Path) -> None:
+    edit(copy / "legs/fast/repeat2_attempt1/summary.json", lambda summary: summary.update(tail_steps=7))
+    found = verdicts(copy)
+    assert found["fast", "tail50_tok_per_sec"] == ("invalid", "failed")
+    assert found["fast", "train/loss"][0] == "not distinguishable"
+    assert "repeat 2 was timed over 7 steps, which say too little" in (copy / "report.md").read_text()
 
 
 def test_loss_matched_speed_stands_beside_raw_speed(copy: Path) -> None:
@@ -213,6 +242,13 @@ def test_loss_matched_speed_stands_beside_raw_speed(copy: Path) -> None:
     assert cell(matched, "slow", "raw speed") == pytest.approx(1 / 1.2, rel=0.03)
     assert cell(matched, "slow", "loss-matched speed") == pytest.approx(1 / 1.2, rel=0.03)  # its loss is the same
     assert cell(matched, "slow", "token ratio") == pytest.approx(1.0)
+
+
+def test_loss_matched_speed_compares_runs_of_the_same_repeat(copy: Path) -> None:
+    edit(copy / "legs/slow/repeat2_attempt1/summary.json", lambda summary: summary.update(status="failed"))
+    edit(copy / "legs/base/repeat2_attempt1/summary.json", lambda summary: summary.update(tail50_tok_per_sec=1.0))
+    matched = table(report_of(copy), "Loss-matched speed")
+    assert cell(matched, "slow", "loss-matched speed") == pytest.approx(1 / 1.2, rel=0.03)  # of repeats 1 and 3
 
 
 def test_the_noise_floor_is_told(copy: Path) -> None:
