@@ -68,7 +68,7 @@ class RunLog:
         wandb_id = record_environment(run_dir, {**environment, "config_hash": run.config_hash})
         write_json(run_dir / "config.json", run.resolved)
         previous = read_summary(run_dir) or {}
-        self.minutes_before = previous.get("total_time_min", 0.0) if resumed_step else 0.0
+        self.minutes_before = minutes_spent(run_dir, previous) if resumed_step else 0.0
         self.tail_before = {name: value for name, value in previous.items() if resumed_step and name.startswith("tail")}
         so_far = {"total_time_min": self.minutes_before, **self.tail_before} if self.minutes_before else {}
         self._write_summary("running", {**so_far, "pid": os.getpid(), "hostname": socket.gethostname()})
@@ -204,6 +204,16 @@ def record_environment(run_dir: Path, environment: dict[str, Any]) -> str:
         first["attempts"].append(environment)
     write_json(run_dir / "env.json", first)
     return first["wandb_id"]
+
+
+def minutes_spent(run_dir: Path, summary: dict[str, Any]) -> float:
+    """Minutes of the attempts before this one. One that nobody saw end lasted at least until it wrote its last line."""
+    minutes: float = summary.get("total_time_min", 0.0)
+    if summary.get("status") != "running":
+        return minutes
+    written = [path.stat().st_mtime for name in ("metrics.jsonl", "log.txt") if (path := run_dir / name).exists()]
+    started = datetime.fromisoformat(summary["started"]).timestamp()
+    return minutes + max(0.0, max(written, default=started) - started) / 60
 
 
 def is_measured(value: object) -> bool:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,15 @@ def test_a_run_that_begins_again_keeps_nothing_of_an_earlier_tail(tmp_path: Path
     open_log(tmp_path, run).finish("failed", "no reason", {"tail_steps": 12, "tail50_tok_per_sec": 12.0})
     open_log(tmp_path, run).finish("completed", "done", {})
     assert "tail_steps" not in read(tmp_path / "summary.json")
+
+
+def test_the_time_of_an_attempt_that_nobody_saw_end_counts_until_its_last_line(tmp_path: Path, run: Run) -> None:
+    open_log(tmp_path, run).log(1, {"train/loss": 5.0})
+    summary = read(tmp_path / "summary.json")
+    began = (datetime.fromisoformat(summary["started"]) - timedelta(minutes=30)).isoformat()
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "started": began, "total_time_min": 100.0}))
+    open_log(tmp_path, run, resumed_step=1).finish("completed", "done", {})
+    assert 130.0 < read(tmp_path / "summary.json")["total_time_min"] < 131.0
 
 
 def test_each_attempt_has_its_own_start_by_which_its_summary_is_known(tmp_path: Path, run: Run) -> None:
