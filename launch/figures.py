@@ -60,13 +60,20 @@ def shortened(name: str) -> str:
 
 
 def write_figures(report: Report, folder: Path) -> None:
-    """Write one PNG for every figure and heat map, folder/NAME.png, each atomically."""
+    """Write one PNG for every figure and heat map, folder/NAME.png, each atomically.
+
+    In matplotlib's own style: it reads a matplotlibrc from the current directory, and one from the home directory.
+    """
+    import matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     styles = leg_styles(report.legs())
-    for figure in report.figures:
-        write_png(draw_curves(figure, styles), folder / f"{figure.name}.png")
-    for heat_map in report.heat_maps:
-        write_png(draw_heat_map(heat_map), folder / f"{heat_map.name}.png")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        for figure in report.figures:
+            write_png(draw_curves(figure, styles), folder / f"{figure.name}.png")
+        for heat_map in report.heat_maps:
+            write_png(draw_heat_map(heat_map), folder / f"{heat_map.name}.png")
 
 
 def write_png(canvas: Canvas, path: Path) -> None:

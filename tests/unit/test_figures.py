@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -20,6 +21,14 @@ REPORT = Report("Report", [], [], [], [LOSS, MFU], [LOAD, HeatMap("no_load", "Lo
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_style_of_the_user_changes_no_byte(tmp_path: Path) -> None:
+    write_figures(REPORT, tmp_path / "plain")
+    with matplotlib.rc_context({"lines.linewidth": 5, "font.size": 20, "axes.facecolor": "red"}):
+        write_figures(REPORT, tmp_path / "styled")
+        assert matplotlib.rcParams["font.size"] == 20
+    assert contents(tmp_path / "styled") == contents(tmp_path / "plain")
 
 
 def test_every_figure_and_heat_map_is_a_png_even_one_without_anything_to_show(tmp_path: Path) -> None:
