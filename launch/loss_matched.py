@@ -56,7 +56,7 @@ def first_reached(tokens: list[float], losses: list[float], target: float) -> fl
     """Tokens at which a curve first is at or below the target."""
     for i, loss in enumerate(losses):
         if loss <= target:
-            if i == 0 or losses[i - 1] == loss:
+            if i == 0:
                 return tokens[i]
             share = (losses[i - 1] - target) / (losses[i - 1] - loss)
             return tokens[i - 1] + share * (tokens[i] - tokens[i - 1])

@@ -72,5 +72,21 @@ def test_validation_is_the_curve_where_it_has_five_points_after_step_0(points: i
 
 
 def test_the_validation_curve_is_not_smoothed() -> None:
-    bits = [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]
-    assert curve(run([1.0] * 12, bits=bits), "val/bpb") == ([2.0 * i * STEP_TOKENS for i in range(1, 6)], bits[1:])
+    bits = [40.0 - i for i in range(30)]
+    assert curve(run([1.0] * 60, bits=bits), "val/bpb") == ([2.0 * i * STEP_TOKENS for i in range(1, 30)], bits[1:])
+
+
+def test_tokens_are_those_of_the_legs_own_batch() -> None:
+    small, large = run([5.0, 4.0, 3.0]), run([5.0, 4.0, 3.0])
+    large.config["train_batch_size"] = 16
+    matched = match(large, small, "train/loss")
+    assert matched is not None
+    assert matched.tokens == 2 * 3 * STEP_TOKENS
+
+
+def test_a_curve_that_rises_again_counts_where_it_first_was_low_enough() -> None:
+    """Also the baseline's own: noise may take it to its final loss before its end."""
+    noisy = run([5.0, 3.0, 4.0, 3.5])
+    matched = match(noisy, noisy, "train/loss")
+    assert matched is not None
+    assert matched.tokens == 1.75 * STEP_TOKENS

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from launch.metrics import METRICS, Bound, parse_gate
+from launch.noise import half_width
 from launch.verdicts import Sample, compare, judge, means_by_seed, noise_of
 
 SPEED, BITS, MEMORY = METRICS["tail50_tok_per_sec"], METRICS["val/bpb"], METRICS["peak_mem_mib"]
@@ -92,6 +93,22 @@ def test_losses_repeated_with_one_seed_say_nothing_of_their_noise() -> None:
     )
     assert means_by_seed(BITS, samples(1.0, 3.0, 5.0, seeds=(0, 0, 1))) == [2.0, 5.0]
     assert len(means_by_seed(SPEED, samples(1.0, 3.0, 5.0, seeds=(0, 0, 1)))) == 3  # speed repeated is measured again
+
+
+def test_the_more_legs_are_compared_the_wider_is_the_interval_of_each() -> None:
+    """Of twenty legs that change nothing one would win otherwise. Legs that measured nothing are not compared."""
+    leg, base = samples(100.0, 101.0), samples(103.0, 104.0)
+    few: dict[str, list[Sample]] = {"base": base, "leg": leg, "crashed": []}
+    sigma = noise_of(SPEED, few, "leg", "base").sigma  # type: ignore[union-attr]
+    low = math.log1p(compare(SPEED, few, "leg", "base").low or 0)
+    assert math.log(math.sqrt(100 * 101) / math.sqrt(103 * 104)) - low == pytest.approx(4.3027 * sigma, rel=1e-4)
+    many = {**few, **{f"leg{i}": leg for i in range(3)}}
+    noise = noise_of(SPEED, many, "leg", "base")
+    assert noise is not None
+    low = math.log1p(compare(SPEED, many, "leg", "base").low or 0)
+    assert math.log(math.sqrt(100 * 101) / math.sqrt(103 * 104)) - low == pytest.approx(
+        half_width(noise, 2, 2, comparisons=4), rel=1e-6
+    )
 
 
 def test_a_wild_leg_does_not_hide_among_steady_ones() -> None:
