@@ -177,7 +177,29 @@ def test_what_a_run_ran_on_is_flagged_where_it_differs(copy: Path, change: dict[
     assert any(each.startswith(warning) and "fast" in each for each in report_of(copy).warnings)
 
 
-def test_speed_on_other_hardware_is_invalid_and_loss_on_other_validation_data_too(copy: Path) -> None:
+def test_validation_on_other_data_is_invalid(copy: Path) -> None:
+    bits = {"metric": "val/bpb", "at_least": None, "at_most": None, "no_worse_than": "baseline + 2 sigma"}
+    edit(copy / "suite.json", lambda suite: suite["gates"].append(bits))
+    assert verdicts(copy)["fast", "val/bpb"] == ("not distinguishable", "passed")
+    edit(copy / "legs/fast/repeat1_attempt1/env.json", lambda env: env["data"].update(val="other"))
+    found = verdicts(copy)
+    assert found["fast", "val/bpb"] == ("invalid", "failed")
+    assert found["slow", "val/bpb"] == ("not distinguishable", "passed")
+
+
+def test_side_by_side_no_speed_is_shown_or_judged(copy: Path) -> None:
+    edit(copy / "suite.json", lambda suite: suite.update(measure="quality"))
+    assert verdicts(copy)["fast", "tail50_tok_per_sec"] == ("invalid", "failed")
+    report = report_of(copy)
+    assert "Speed" not in [each.title for each in report.tables]
+    assert [figure.name for figure in report.figures if figure.curves] == ["loss"]
+    for column in ("seconds to it", "loss-matched speed", "raw speed"):
+        assert cell(table(report, "Loss-matched speed"), "fast", column) is None
+    assert cell(table(report, "Runs"), "fast", "tok/s") is None
+    assert any("side by side" in warning for warning in report.warnings)
+
+
+def test_speed_on_other_hardware_is_invalid_and_loss_is_not(copy: Path) -> None:
     edit(copy / "legs/fast/repeat1_attempt1/env.json", lambda env: env.update(devices=["NVIDIA H200"]))
     found = verdicts(copy)
     assert found["fast", "tail50_tok_per_sec"][0] == "invalid"
