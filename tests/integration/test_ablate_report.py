@@ -142,6 +142,39 @@ def test_a_leg_whose_runs_are_still_to_come_has_no_verdict_yet(copy: Path) -> No
     assert "fast: not finished (2 of 3 runs done)." in (copy / "report.md").read_text()
 
 
+def test_no_leg_has_a_verdict_before_the_baseline_is_done(copy: Path) -> None:
+    shutil.rmtree(copy / "legs" / "base" / "repeat3_attempt1")
+    (copy / "legs" / "base" / "repeat3_attempt1.txt").unlink()
+    assert set(verdicts(copy).values()) == {("", "")}
+
+
+def test_the_heat_map_is_of_the_layer_with_the_most_uneven_load_at_the_end(copy: Path) -> None:
+    lines = [
+        {"step": 1, "layers": [1, 3], "tokens_per_expert": [[9, 0, 0], [1, 1, 4]]},
+        {"step": 20, "layers": [1, 3], "tokens_per_expert": [[3, 3, 3], [0, 6, 0]]},
+    ]
+    for path in copy.glob("legs/*/*/expert_load.jsonl"):
+        path.unlink()
+    for run in ("base/repeat1_attempt1", "fast/repeat2_attempt1"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (copy / "legs" / run / "expert_load.jsonl").write_text(text)
+    base, fast = report_of(copy).heat_maps  # the other legs have none, as a dense leg
+    assert (base.steps, base.load) == ([1, 20], [[0.5, 0.0], [0.5, 3.0], [2.0, 0.0]])
+    assert base.title == "base: load of the experts of layer 3, over the mean (base/repeat1)"
+    assert fast.title.endswith("(fast/repeat2)")
+
+
+def test_a_target_that_is_never_reached_is_said_and_has_no_speed(copy: Path) -> None:
+    path = copy / "legs/slow/repeat2_attempt1/metrics.jsonl"
+    lines = [{**line, "train/loss": 9.0} for line in read_lines(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    matched = table(report_of(copy), "Loss-matched speed")
+    assert cell(matched, "slow", "tokens to it") == "not reached in 1 of 3 runs"
+    assert [cell(matched, "slow", name) for name in ("token ratio", "seconds to it", "loss-matched speed")] == [
+        None
+    ] * 3
+
+
 def test_a_baseline_that_failed_makes_every_leg_invalid(copy: Path) -> None:
     for path in copy.glob("legs/base/repeat2_attempt1/summary.json"):
         edit(path, lambda summary: summary.update(status="nan", reason="train/loss=nan at step 7"))
