@@ -36,7 +36,7 @@ from launch.run import TRAIN_SCRIPT, usable_cores
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, read_summary
 from launch.shared_memory import remove_unused_buffers
 from launch.suite import PlannedRun
-from launch.supervise import GRACE_SECONDS, StopRequests, is_alive, runs_as_rank, send
+from launch.supervise import GRACE_SECONDS, KILLED_EARLY, STOPPED_EARLY, StopRequests, is_alive, runs_as_rank, send
 from launch.topology import visible_gpus
 from model.config import ConfigError
 
@@ -222,7 +222,8 @@ class RunQueue:
         began = read_summary(attempt.folder) is not None
         if not began:
             reason = last_line(attempt.folder.with_suffix(".txt"))
-            status = "failed" if code == EXIT_FAILED else "interrupted"
+            outside = any(why in reason for why in (STOPPED_EARLY, KILLED_EARLY))
+            status = "failed" if code == EXIT_FAILED and not outside else "interrupted"
             self.note("run_ended", attempt, status=status, exit_code=code, reason=reason)
             self.say(f"{run.name}: {status}: {reason}")
             return

@@ -48,6 +48,7 @@ GRACE_SECONDS = 60.0  # for ranks that outlive `deepspeed`: time to save a check
 LEFTOVER_SECONDS = 5.0  # for what outlives the run itself: data workers, a W&B upload
 KILL_SECONDS = 60.0  # for ending the ranks on other nodes; more than Slurm's KillWait of 30 s
 REPEAT_SECONDS = 1.0
+STOPPED_EARLY, KILLED_EARLY = "stopped before it began", "killed before it began"  # from outside: no fault of the run
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: sbatch --signal=B:USR1@120
 
 
@@ -322,12 +323,7 @@ def settle(
         return report(run_dir, summary)
 
     if read_json_object(run_dir / "env.json") is None:
-        why = (
-            "stopped before it began"
-            if stop_requests
-            else f"no rank began to train; launcher exit code {deepspeed_code}"
-        )
-        say(f"failed: {why}; nothing was written to {run_dir}")
+        say(f"failed: {why_nothing_began(deepspeed_code, stop_requests)}; nothing was written to {run_dir}")
         return EXIT_FAILED
     status, step, reason = (
         "failed",
@@ -346,6 +342,15 @@ def settle(
     return report(
         run_dir, close_summary(run_dir, summary, of_this_attempt, {"status": status, "reason": reason, "step": step})
     )
+
+
+def why_nothing_began(deepspeed_code: int, stop_requests: int) -> str:
+    """deepspeed 0.19.8 passes on what a rank exited with, 256 - N for signal N, and 0 where launch.py was killed."""
+    if stop_requests:
+        return STOPPED_EARLY
+    if deepspeed_code <= 0 or deepspeed_code > 256 - signal.NSIG:
+        return f"{KILLED_EARLY}; launcher exit code {deepspeed_code}"
+    return f"no rank began to train; launcher exit code {deepspeed_code}"
 
 
 def close_summary(run_dir: Path, summary: dict[str, Any], of_this_attempt: bool, end: dict[str, Any]) -> dict[str, Any]:

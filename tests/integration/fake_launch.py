@@ -15,7 +15,7 @@ from launch.command_line import parse_launch_arguments
 from launch.run_config import load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, checkpoint_name, decide_beginning
 from launch.run_log import RunLog, tail_figures
-from launch.supervise import refuse_if_in_use
+from launch.supervise import refuse_if_in_use, settle
 from model.config import ConfigError
 
 SECONDS = 0.02
@@ -35,6 +35,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    if "never_begins" in leg:
+        deepspeed_code, stop_requests = leg["never_begins"]
+        return settle(args.run_dir, None, deepspeed_code, args.run_dir / "no_refusal", stop_requests)
 
     draws = random.Random(run.train.seed)
     offset = draws.gauss(0, 0.01)

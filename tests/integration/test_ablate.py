@@ -228,6 +228,20 @@ def test_statuses_are_told_apart_and_only_what_failed_is_retried_on_request(tmp_
     ]
 
 
+def test_a_run_stopped_or_killed_before_it_began_is_continued_and_one_that_failed_is_not(tmp_path: Path) -> None:
+    ends = {"stopped": (241, 1), "killed": (247, 0), "orphaned": (0, 0), "failed": (1, 0)}
+    legs = {"base": LEGS["base"]} | {
+        name: {"question": "?", "patch": {"run": {"train": {"warmup_steps": 3 + i}}}} for i, name in enumerate(ends)
+    }
+    ablation = Ablation(tmp_path, {name: {"never_begins": end} for name, end in ends.items()}, legs=legs)
+    assert ablation("run").returncode == 4
+    assert [ablation.statuses()[f"{name}/repeat1"] for name in ends] == [*["interrupted"] * 3, "failed"]
+
+    ablation.variables["FAKE_LEGS"] = "{}"
+    assert ablation("run").returncode == 4
+    assert [ablation.statuses()[f"{name}/repeat1"] for name in ends] == [*["completed"] * 3, "failed"]
+
+
 def test_a_checkpoint_that_is_refused_is_left_alone_and_the_run_begins_afresh(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path, {"base": {"end": "refuse to continue"}})
     queue = ablation.start("run", "--legs", "base")
