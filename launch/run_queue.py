@@ -38,7 +38,7 @@ from launch.shared_memory import remove_unused_buffers
 from launch.suite import PlannedRun
 from launch.supervise import GRACE_SECONDS, KILLED_EARLY, STOPPED_EARLY, StopRequests, is_alive, runs_as_rank, send
 from launch.topology import visible_gpus
-from model.config import ConfigError
+from model.config import CheckpointError, ConfigError
 
 POLL_SECONDS = 0.5
 BUSY_SECONDS = 0.5  # to look, before a run that is to have the machine to itself, at what else runs there
@@ -209,13 +209,14 @@ class RunQueue:
             self.report_wanted = True
 
     def settle(self, attempt: Attempt) -> None:
-        """Note how an attempt ended. A checkpoint that is refused is left alone, and the run starts afresh."""
+        """Note how an attempt ended. A checkpoint that is refused is left alone, and the run starts afresh; what is
+        refused for another reason, such as data that are not there, can continue once that is mended."""
         run, code = attempt.run, attempt.child.returncode if attempt.child is not None else None
         if code == EXIT_REFUSED:
             reason = last_line(attempt.folder.with_suffix(".txt"))
             self.note("run_ended", attempt, status="refused", exit_code=code, reason=reason)
             self.say(f"{run.name}: refused: {reason}")
-            if attempt.resumed:
+            if attempt.resumed and reason.startswith(CheckpointError.__name__):
                 self.start_afresh.add(run.name)
                 self.tried.discard(run.name)
             return

@@ -253,6 +253,21 @@ def test_a_checkpoint_that_is_refused_is_left_alone_and_the_run_begins_afresh(tm
     assert steps_of(folder.parent / "repeat1_attempt2") == list(range(1, 21))
 
 
+def test_a_run_whose_data_are_away_keeps_its_steps_until_they_are_back(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    queue = ablation.start("run", "--legs", "base")
+    folder = ablation.await_step(6)
+    queue.send_signal(signal.SIGTERM)
+    queue.communicate()
+    ablation.variables["FAKE_LEGS"] = json.dumps({"base": {"end": "refuse"}})
+    assert ablation("run", "--legs", "base").returncode == 4
+    assert ablation.statuses()["base/repeat1"] == "stopped"
+    ablation.variables["FAKE_LEGS"] = "{}"
+    assert ablation("run", "--legs", "base").returncode == 0
+    assert steps_of(folder) == list(range(1, 21))
+    assert not (folder.parent / "repeat1_attempt2.txt").exists()
+
+
 def test_a_changed_suite_is_refused_with_what_changed_and_nothing_runs(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
     assert ablation("run", "--legs", "base").returncode == 0
