@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             )
     args = parser.parse_args(argv)
     args.suite = args.suite.absolute()
-    args.exp_dir = (args.exp_dir or REPO_ROOT / "runs" / args.suite.stem).absolute()
+    args.exp_dir = (args.exp_dir or REPO_ROOT / "runs" / args.suite.stem).resolve()
     return args
 
 

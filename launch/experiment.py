@@ -55,7 +55,7 @@ class Experiment:
     """An experiment's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()  # one name: by it the processes of its runs are found again
         self.suite: dict[str, Any] = read_json_object(self.folder / "suite.json") or {}
 
     @property
@@ -87,10 +87,10 @@ class Experiment:
     def states(self, alive: set[str] | None = None) -> list[RunState]:
         """Every run of the suite, in its order. `alive`: folders of the attempts that run, if the caller knows."""
         alive = folders_in_use() if alive is None else alive
-        ends = {event["folder"]: event for event in self.events() if event["event"] == "run_ended"}
+        ends = {(event["run"], event["attempt"]): event for event in self.events() if event["event"] == "run_ended"}
         return [self.state(run, alive, ends) for run in self.runs]
 
-    def state(self, run: PlannedRun, alive: set[str], ends: dict[str, dict[str, Any]]) -> RunState:
+    def state(self, run: PlannedRun, alive: set[str], ends: dict[tuple[str, int], dict[str, Any]]) -> RunState:
         """From what still runs and what the last attempt wrote; where no rank began, from how launch.run ended."""
         folder = self.last_attempt(run)
         if folder is None:
@@ -99,7 +99,9 @@ class Experiment:
         if str(folder) in alive:
             return RunState(run, "running", number, folder, last_step(folder))
         if summary is None:
-            end = ends.get(str(folder), {"status": "interrupted", "reason": "nobody saw it begin"})
+            end = ends.get((run.name, number), {"status": "interrupted", "reason": "nobody saw it begin"})
+            if "step" in end:  # a rank began, so there was a run folder
+                end = {"status": "interrupted", "reason": "its run folder is gone"}
             return RunState(run, end["status"], number, folder, 0, end["reason"])
         if summary["status"] == "running":
             return RunState(run, "interrupted", number, folder, last_step(folder), "nobody saw it end")
@@ -161,9 +163,8 @@ def open_experiment(folder: Path, suite: Suite) -> Experiment:
 
     Raises ConfigError if the folder holds anything else, or if legs, gates or a run file have changed since.
     """
-    folder = folder.absolute()
     experiment = Experiment(folder)
-    content = suite.content
+    folder, content = experiment.folder, suite.content
     if not experiment.suite:
         if folder.exists() and (not folder.is_dir() or any(path.name != ".queue.lock" for path in folder.iterdir())):
             raise ConfigError(f"--exp_dir {folder}: is not empty and holds no experiment. Use another --exp_dir.")
@@ -186,7 +187,7 @@ def existing_experiment(folder: Path) -> Experiment:
     """The experiment in a folder. Raises ConfigError if there is none."""
     experiment = Experiment(folder)
     if not experiment.suite:
-        raise ConfigError(f"--exp_dir {folder}: holds no experiment (no suite.json). Start one with `run`.")
+        raise ConfigError(f"--exp_dir {experiment.folder}: holds no experiment (no suite.json). Start one with `run`.")
     return experiment
 
 

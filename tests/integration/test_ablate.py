@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,34 @@ def test_a_run_that_outlives_its_queue_is_watched_on(tmp_path: Path) -> None:
     assert ablation.events("run_adopted")[0]["folder"] == str(folder)
     assert json.loads((folder / "env.json").read_text())["attempts"] == []  # it was not started again
     assert steps_of(folder) == list(range(1, 21))
+
+
+def test_a_run_that_outlives_its_queue_is_found_by_another_name_of_the_folder(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    queue = ablation.start("run", "--exp_dir", str(tmp_path / "link" / "exp"))
+    folder = ablation.await_step(6)
+    queue.kill()
+    queue.communicate()
+    assert ablation.statuses()["base/repeat1"] == "running"
+    assert ablation("run", "--exp_dir", str(tmp_path / "link" / ".." / tmp_path.name / "exp")).returncode == 0
+    assert ablation.events("run_adopted")[0]["folder"] == str(folder)
+    assert not (folder.parent / "repeat1_attempt2.txt").exists()
+
+
+def test_statuses_stay_when_the_folder_moves_and_a_run_whose_folder_is_gone_is_not_completed(tmp_path: Path) -> None:
+    legs = {**LEGS, "refuse": {"question": "?", "patch": {"run": {"train": {"warmup_steps": 3}}}}}
+    ablation = Ablation(tmp_path, {"refuse": {"end": "refuse"}}, legs=legs)
+    assert ablation("run").returncode == 4
+    shutil.rmtree(ablation.exp_dir / "legs" / "cap_1" / "repeat1_attempt1")
+    ablation.exp_dir.rename(tmp_path / "moved")
+    ablation.exp_dir = tmp_path / "moved"
+    assert ablation.statuses() == {
+        "base/repeat1": "completed",
+        "cap_1/repeat1": "interrupted",
+        "refuse/repeat1": "refused",
+    }
+    assert ablation("run", "--legs", "base,cap_1").returncode == 0
 
 
 def test_a_second_queue_is_refused_while_the_first_works_and_status_sees_the_first(tmp_path: Path) -> None:
