@@ -27,7 +27,7 @@ from launch.run import Plan, hosts_of, launch_plan
 from launch.run_config import REPO_ROOT, resolve
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import thousands
-from launch.run_queue import RunQueue, launch_command
+from launch.run_queue import RunQueue, launch_command, number_of_slots
 from launch.suite import Leg, Suite, load_suite
 from launch.wandb_run import WandbFailure
 from model.config import ConfigError, DataError
@@ -161,13 +161,14 @@ def run(args: argparse.Namespace) -> int:
             hosts_of(each)
         except ConfigError as refusal:
             raise ConfigError(f"legs.{name}: {refusal}") from None
-    experiment = open_experiment(args.exp_dir, suite)
-    report_again = ["report", str(args.suite), "--exp_dir", str(experiment.folder)]
-    with experiment.owned():
+    slots = number_of_slots(suite.config.measure, suite.config.slots)
+    report_again = ["report", str(args.suite), "--exp_dir", str(args.exp_dir)]
+    with open_experiment(args.exp_dir, suite) as experiment:
         view = View(experiment)
         queue = RunQueue(
             experiment,
             legs=args.legs,
+            slots=slots,
             retry_failed=args.retry == "failed",
             launcher=args.launcher,
             reporter=args.reporter or [sys.executable, "-m", "launch.ablate", *report_again],

@@ -158,21 +158,32 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
-def open_experiment(folder: Path, suite: Suite) -> Experiment:
-    """The experiment of a suite in a folder: a new one, or the one that was begun there with this very suite.
+@contextlib.contextmanager
+def open_experiment(folder: Path, suite: Suite) -> Iterator[Experiment]:
+    """The experiment of a suite in a folder, held: a new one, or the one that was begun there with this very suite.
 
-    Raises ConfigError if the folder holds anything else, or if legs, gates or a run file have changed since.
+    Raises ConfigError if the folder holds anything else, if legs, gates or a run file have changed since, or if another
+    queue holds it. It is held before suite.json is written: of two queues that begin at once, one writes it.
     """
-    experiment = Experiment(folder)
+    refuse_another(Experiment(folder), suite)  # before anything is created
+    folder.mkdir(parents=True, exist_ok=True)
+    with Experiment(folder).owned():
+        experiment = Experiment(folder)
+        refuse_another(experiment, suite)
+        if not experiment.suite:
+            header = {"hash": suite.hash, "begun": utc_now(), "reference": suite.reference}
+            write_json(experiment.folder / "suite.json", {**header, **suite.content})
+        yield Experiment(folder)
+
+
+def refuse_another(experiment: Experiment, suite: Suite) -> None:
+    """Raise ConfigError if a folder holds another experiment than this suite's, or something that is none."""
     folder, content = experiment.folder, suite.content
     if not experiment.suite:
-        if folder.exists() and (not folder.is_dir() or any(path.name != ".queue.lock" for path in folder.iterdir())):
+        found = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+        if not all(is_trace_of_a_beginning(path) for path in found):
             raise ConfigError(f"--exp_dir {folder}: is not empty and holds no experiment. Use another --exp_dir.")
-        folder.mkdir(parents=True, exist_ok=True)
-        header = {"hash": suite.hash, "begun": utc_now(), "reference": suite.reference}
-        write_json(folder / "suite.json", {**header, **content})
-        return Experiment(folder)
-    if experiment.suite["hash"] != suite.hash:
+    elif experiment.suite["hash"] != suite.hash:
         kept = json.loads(json.dumps(content))
         changed = [key for key in kept if experiment.suite.get(key) != kept[key]]
         raise ConfigError(
@@ -180,7 +191,11 @@ def open_experiment(folder: Path, suite: Suite) -> Experiment:
             f"{experiment.suite['hash']}, now {suite.hash}). What decides is fixed before the first run: use another "
             "--exp_dir."
         )
-    return experiment
+
+
+def is_trace_of_a_beginning(path: Path) -> bool:
+    """Whether a queue that was killed before it had written suite.json left this file."""
+    return path.name == ".queue.lock" or path.name.startswith(".suite.json.")
 
 
 def existing_experiment(folder: Path) -> Experiment:

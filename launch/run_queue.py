@@ -75,6 +75,7 @@ class RunQueue:
         experiment: Experiment,
         *,
         legs: Iterable[str] | None,
+        slots: int,
         retry_failed: bool,
         launcher: list[str],
         reporter: list[str],
@@ -85,7 +86,7 @@ class RunQueue:
         self.legs = set(legs) if legs is not None else set(experiment.suite["legs"])
         self.wanted = (*UNFINISHED, *FAILED) if retry_failed else UNFINISHED
         self.alone = experiment.suite["measure"] == "throughput"
-        self.slots = number_of_slots(experiment)
+        self.slots = slots
         self.active: list[Attempt] = []
         self.tried: set[str] = set()  # once in a queue's life, lest a run that always dies runs forever
         self.start_afresh: set[str] = set()
@@ -171,7 +172,8 @@ class RunQueue:
             folder = experiment.attempt_folder(run, state.attempts + 1)
         run_file = experiment.run_file(run)
         slot = min(set(range(self.slots)) - {attempt.slot for attempt in self.active})
-        variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **self.variables_of_slot(slot)}
+        share = {} if self.alone else variables_of_slot(slot, self.slots)
+        variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **share}
         busy = (
             {"busy_percent": psutil.cpu_percent(BUSY_SECONDS)} if self.alone else {}
         )  # by others: nothing of ours runs
@@ -191,15 +193,6 @@ class RunQueue:
             self.say(
                 f"{run.name}: other programs keep {busy['busy_percent']:.0f}% of the cores busy: its speed will tell"
             )
-
-    def variables_of_slot(self, slot: int) -> dict[str, str]:
-        """What keeps runs that are side by side out of each other's way."""
-        if self.alone:
-            return {}
-        if visible_gpus():
-            listed = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-            return {"CUDA_VISIBLE_DEVICES": listed[slot] if listed else str(slot)}
-        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.slots))}
 
     def see_what_ended(self) -> None:
         for attempt in [each for each in self.active if each.has_ended()]:
@@ -278,17 +271,25 @@ class RunQueue:
             self.show(self.states())
 
 
-def number_of_slots(experiment: Experiment) -> int:
+def number_of_slots(measure: str, asked: int | str) -> int:
     """Runs at a time. Raises ConfigError where a quality suite states more than this machine has room for."""
-    if experiment.suite["measure"] == "throughput":
+    if measure == "throughput":
         return 1
-    room, asked = visible_gpus() or usable_cores(), experiment.suite["slots"]
-    if asked == "auto":
+    room = visible_gpus() or usable_cores()
+    if not isinstance(asked, int):  # "auto"
         return room
     if asked > room:
         what = "GPUs" if visible_gpus() else "cores"
         raise ConfigError(f"slots={asked}, but this machine has {room} {what}. Use at most {room}, or 'auto'.")
     return asked
+
+
+def variables_of_slot(slot: int, slots: int) -> dict[str, str]:
+    """What keeps runs that are side by side out of each other's way: a GPU each, or a share of the cores."""
+    if visible_gpus():
+        listed = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        return {"CUDA_VISIBLE_DEVICES": listed[slot] if listed else str(slot)}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // slots))}
 
 
 def end_processes(folder: Path) -> None:

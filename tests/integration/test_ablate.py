@@ -318,6 +318,32 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in ablation.exp_dir.iterdir()) == ["thesis.tex"]
 
 
+def test_more_slots_than_there_is_room_for_are_refused_and_nothing_is_created(tmp_path: Path) -> None:
+    gates = [{"metric": "val/loss", "no_worse_than": "baseline + 2 sigma"}]
+    patch = {"run": {"train": {"num_steps": 20}, "data": {"train": "builtin", "val": "builtin"}}}
+    ablation = Ablation(tmp_path, measure="quality", slots=999, gates=gates, patch=patch)
+    done = ablation("run")
+    assert (done.returncode, "slots=999, but this machine has" in done.stderr) == (2, True)
+    assert not ablation.exp_dir.exists()
+
+
+def test_of_queues_that_begin_at_once_one_writes_the_suite_and_runs_it(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    ablation.exp_dir.mkdir()
+    with ablation.experiment.owned():  # the other has not written suite.json yet
+        done = ablation("run")
+    assert (done.returncode, "another queue works on it" in done.stderr) == (2, True)
+    assert not (ablation.exp_dir / "suite.json").exists()
+
+
+def test_a_queue_killed_while_it_wrote_the_suite_can_begin_again(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    ablation.exp_dir.mkdir()
+    (ablation.exp_dir / ".suite.json.4711.tmp").write_text('{"hash": "3')
+    (ablation.exp_dir / ".queue.lock").touch()
+    assert ablation("run", "--legs", "base").returncode == 0
+
+
 def test_quality_runs_go_side_by_side_each_with_its_share_of_the_cores(tmp_path: Path) -> None:
     gates = [{"metric": "val/loss", "no_worse_than": "baseline + 2 sigma"}]
     patch = {"run": {"train": {"num_steps": 20}, "data": {"train": "builtin", "val": "builtin"}}}
