@@ -125,6 +125,7 @@ class StopRequests:
     """Counts STOP_SIGNALS while it is entered: the first asks, the second kills.
 
     Signals within a second of each other are one request: a terminal and a scheduler may both pass the same one on.
+    Under nohup SIGHUP is ignored, and stays so.
     """
 
     def __init__(self) -> None:
@@ -139,6 +140,8 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         for signum in STOP_SIGNALS:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             self.before[signum] = signal.signal(signum, self._heard)
         return self
 

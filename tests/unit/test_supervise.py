@@ -237,3 +237,16 @@ def test_the_same_signal_passed_on_twice_is_one_request(monkeypatch: pytest.Monk
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.count == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_closed_terminal_stops_nothing_that_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.count == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.count == 1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
