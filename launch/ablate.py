@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 refused; 3 stopped on request; 4 a run has failed or is un
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -175,14 +176,18 @@ def run(args: argparse.Namespace) -> int:
             show=view.show,
             say=view.say,
         )
-        with view.live:
+        with view:
             code = queue.run()
-    print(experiment.folder / "report.html")
+    tell(lambda: print(experiment.folder / "report.html", flush=True))
     return code if not args.log_wandb or log_to_wandb(experiment) or code else EXIT_FAILED
 
 
 class View:
-    """A table that stays in place on a terminal, with the transitions above it; elsewhere the transitions alone."""
+    """A table that stays in place on a terminal, with the transitions above it; elsewhere the transitions alone.
+
+    Whoever reads may leave before the queue ends: a terminal is closed, a pipe breaks. queue.jsonl and `status` have
+    the rest.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -191,13 +196,27 @@ class View:
 
     def say(self, text: str) -> None:
         if self.console.is_terminal:
-            self.console.print(text, markup=False, highlight=False)
+            tell(lambda: self.console.print(text, markup=False, highlight=False))
         else:
-            print(f"{utc_now()[11:19]} {text}", flush=True)
+            tell(lambda: print(f"{utc_now()[11:19]} {text}", flush=True))
 
     def show(self, states: list[RunState]) -> None:
         if self.console.is_terminal:
-            self.live.update(table_of(self.experiment, states), refresh=True)
+            tell(lambda: self.live.update(table_of(self.experiment, states), refresh=True))
+
+    def __enter__(self) -> None:
+        tell(self.live.start)
+
+    def __exit__(self, *exception: object) -> None:
+        tell(self.live.stop)
+
+
+def tell(how: Callable[[], None]) -> None:
+    """Write to stdout; once nobody reads it, to nowhere."""
+    try:
+        how()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table_of(experiment: Experiment, states: list[RunState]) -> Table:

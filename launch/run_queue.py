@@ -261,7 +261,9 @@ class RunQueue:
         if self.report_wanted:
             self.report_wanted = False
             with open(self.experiment.folder / "report.log", "wb") as log:
-                self.report = subprocess.Popen(self.reporter, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                self.report = subprocess.Popen(  # in its own session: Ctrl-C is for the queue, and the runs
+                    self.reporter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
             return False
         return True
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -154,6 +155,48 @@ def test_an_interrupted_run_continues_from_its_checkpoint_in_the_same_folder(tmp
     assert len(env["attempts"]) == 1
     assert steps_of(folder) == list(range(1, 21))
     assert not (folder.parent / "repeat1_attempt2").exists()
+
+
+def test_a_terminal_that_is_closed_asks_to_stop_and_every_run_is_seen_to_its_end(tmp_path: Path) -> None:
+    gates = [{"metric": "train/loss", "no_worse_than": "baseline + 2 sigma"}]
+    ablation = Ablation(tmp_path, measure="quality", slots=2, gates=gates)
+    ablation.variables["FAKE_SECONDS"] = "0.1"
+    terminal, end_of_queue = pty.openpty()
+    line = [sys.executable, "-c", ABLATE_FAKE, str(FAKE_LAUNCH), "run", str(ablation.suite)]
+    queue = subprocess.Popen(
+        [*line, "--exp_dir", str(ablation.exp_dir)],
+        env=environment(**ablation.variables),
+        stdin=end_of_queue,
+        stdout=end_of_queue,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    os.close(end_of_queue)
+    ablation.await_step(2)
+    os.close(terminal)
+    queue.send_signal(signal.SIGHUP)
+    assert (queue.communicate(timeout=PATIENCE)[1], queue.returncode) == ("", 3)
+    assert {event["run"] for event in ablation.events("run_ended")} == {"base/repeat1", "cap_1/repeat1"}
+    assert set(ablation.statuses().values()) == {"stopped"}
+    assert len(ablation.events("queue_ended")) == 1
+
+
+def test_ctrl_c_does_not_reach_the_report(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    (ablation.exp_dir.parent / "reporter.py").write_text("import time; time.sleep(2); open('made', 'w')")
+    program = ABLATE_FAKE.replace("['true']", f"[sys.executable, '{tmp_path / 'reporter.py'}']")
+    queue = subprocess.Popen(
+        [sys.executable, "-c", program, FAKE_LAUNCH, "run", ablation.suite, "--exp_dir", ablation.exp_dir],
+        env=environment(**ablation.variables),
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    while not (ablation.exp_dir / "report.log").exists():
+        time.sleep(0.05)
+    os.killpg(queue.pid, signal.SIGINT)
+    assert queue.wait(timeout=PATIENCE) == 3
+    assert (tmp_path / "made").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_a_fresh_folder(tmp_path: Path) -> None:
