@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -88,16 +88,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
-    legs = chosen_legs(suite, args.legs)
+    legs = [suite.legs[name] for name in chosen_legs(suite.name, suite.legs, args.legs)]
     print(describe_suite(suite, legs, plans_of(suite, legs)))
     return EXIT_COMPLETED
 
 
-def chosen_legs(suite: Suite, names: list[str] | None) -> list[Leg]:
-    unknown = [name for name in names or [] if name not in suite.legs]
+def chosen_legs(suite: str, legs: Iterable[str], names: list[str] | None) -> list[str]:
+    """Those that --legs names, or all, in the suite's order."""
+    known = list(legs)
+    unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise ConfigError(f"--legs {unknown[0]}: no such leg in {suite.name}. Use some of {', '.join(suite.legs)}.")
-    return [leg for name, leg in suite.legs.items() if names is None or name in names]
+        raise ConfigError(f"--legs {unknown[0]}: no such leg in {suite}. Use some of {', '.join(known)}.")
+    return [name for name in known if names is None or name in names]
 
 
 def plans_of(suite: Suite, legs: list[Leg]) -> dict[str, Plan]:
@@ -156,7 +158,7 @@ def describe_suite(suite: Suite, legs: list[Leg], plans: dict[str, Plan]) -> str
 
 def run(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
-    legs = chosen_legs(suite, args.legs)
+    legs = [suite.legs[name] for name in chosen_legs(suite.name, suite.legs, args.legs)]
     for name, each in plans_of(suite, legs).items():
         try:
             hosts_of(each)
@@ -253,8 +255,9 @@ def shown(value: float | None, how: Callable[[float], str]) -> str:
 
 
 def status(args: argparse.Namespace) -> int:
-    experiment = existing_experiment(args.exp_dir)
-    states = [state for state in experiment.states() if args.legs is None or state.run.leg in args.legs]
+    experiment = existing_experiment(args.exp_dir, args.suite.stem)
+    legs = chosen_legs(experiment.suite["name"], experiment.suite["legs"], args.legs)
+    states = [state for state in experiment.states() if state.run.leg in legs]
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -267,7 +270,7 @@ def status(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from launch.report import write_report
 
-    experiment = existing_experiment(args.exp_dir)
+    experiment = existing_experiment(args.exp_dir, args.suite.stem)
     print(write_report(experiment))
     return EXIT_COMPLETED if not args.log_wandb or log_to_wandb(experiment) else EXIT_FAILED
 

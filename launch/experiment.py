@@ -198,11 +198,16 @@ def is_trace_of_a_beginning(path: Path) -> bool:
     return path.name == ".queue.lock" or path.name.startswith(".suite.json.")
 
 
-def existing_experiment(folder: Path) -> Experiment:
-    """The experiment in a folder. Raises ConfigError if there is none."""
+def existing_experiment(folder: Path, name: str) -> Experiment:
+    """The experiment of the suite of that name in a folder. Raises ConfigError if there is none."""
     experiment = Experiment(folder)
     if not experiment.suite:
         raise ConfigError(f"--exp_dir {experiment.folder}: holds no experiment (no suite.json). Start one with `run`.")
+    if experiment.suite["name"] != name:
+        raise ConfigError(
+            f"--exp_dir {experiment.folder}: holds the experiment of {experiment.suite['name']}, not of {name}. Name "
+            "its suite file, or another --exp_dir."
+        )
     return experiment
 
 

@@ -302,7 +302,9 @@ def end_processes(folder: Path) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     while any(is_alive(process) for process in ranks) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    while left := processes_of(folder):
+    for _ in range(50):  # bounded: a process in the kernel's hands may linger
+        if not (left := processes_of(folder)):
+            break
         for process in left:
             send(process, signal.SIGKILL)
         time.sleep(0.1)

@@ -387,6 +387,17 @@ def test_a_queue_killed_while_it_wrote_the_suite_can_begin_again(tmp_path: Path)
     assert ablation("run", "--legs", "base").returncode == 0
 
 
+def test_what_is_asked_of_another_suite_or_an_unknown_leg_is_refused(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    assert ablation("run", "--legs", "base").returncode == 0
+    done = ablation("status", "--legs", "base,nope")
+    assert (done.returncode, "--legs nope: no such leg in suite. Use some of base, cap_1." in done.stderr) == (2, True)
+    ablation.suite = ablation.suite.rename(tmp_path / "other.json")
+    for command in ("status", "report"):
+        done = ablation(command)
+        assert (done.returncode, "holds the experiment of suite, not of other." in done.stderr) == (2, True)
+
+
 def test_quality_runs_go_side_by_side_each_with_its_share_of_the_cores(tmp_path: Path) -> None:
     gates = [{"metric": "val/loss", "no_worse_than": "baseline + 2 sigma"}]
     patch = {"run": {"train": {"num_steps": 20}, "data": {"train": "builtin", "val": "builtin"}}}
