@@ -11,8 +11,9 @@ Exit codes: 0 done; 2 refused; 3 stopped on request; 4 a run has failed or is un
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +28,7 @@ from launch.run import Plan, hosts_of, launch_plan
 from launch.run_config import REPO_ROOT, resolve
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import thousands
-from launch.run_queue import RunQueue, launch_command
+from launch.run_queue import RunQueue, launch_command, number_of_slots
 from launch.suite import Leg, Suite, load_suite
 from launch.wandb_run import WandbFailure
 from model.config import ConfigError, DataError
@@ -78,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             )
     args = parser.parse_args(argv)
     args.suite = args.suite.absolute()
-    args.exp_dir = (args.exp_dir or REPO_ROOT / "runs" / args.suite.stem).absolute()
+    args.exp_dir = (args.exp_dir or REPO_ROOT / "runs" / args.suite.stem).resolve()
     return args
 
 
@@ -87,16 +88,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
-    legs = chosen_legs(suite, args.legs)
+    legs = [suite.legs[name] for name in chosen_legs(suite.name, suite.legs, args.legs)]
     print(describe_suite(suite, legs, plans_of(suite, legs)))
     return EXIT_COMPLETED
 
 
-def chosen_legs(suite: Suite, names: list[str] | None) -> list[Leg]:
-    unknown = [name for name in names or [] if name not in suite.legs]
+def chosen_legs(suite: str, legs: Iterable[str], names: list[str] | None) -> list[str]:
+    """Those that --legs names, or all, in the suite's order."""
+    known = list(legs)
+    unknown = [name for name in names or [] if name not in known]
     if unknown:
-        raise ConfigError(f"--legs {unknown[0]}: no such leg in {suite.name}. Use some of {', '.join(suite.legs)}.")
-    return [leg for name, leg in suite.legs.items() if names is None or name in names]
+        raise ConfigError(f"--legs {unknown[0]}: no such leg in {suite}. Use some of {', '.join(known)}.")
+    return [name for name in known if names is None or name in names]
 
 
 def plans_of(suite: Suite, legs: list[Leg]) -> dict[str, Plan]:
@@ -157,33 +160,38 @@ def describe_suite(suite: Suite, legs: list[Leg], plans: dict[str, Plan]) -> str
 
 def run(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite, args.assignments)
-    legs = chosen_legs(suite, args.legs)
+    legs = [suite.legs[name] for name in chosen_legs(suite.name, suite.legs, args.legs)]
     for name, each in plans_of(suite, legs).items():
         try:
             hosts_of(each)
         except ConfigError as refusal:
             raise ConfigError(f"legs.{name}: {refusal}") from None
-    experiment = open_experiment(args.exp_dir, suite)
-    report_again = ["report", str(args.suite), "--exp_dir", str(experiment.folder)]
-    with experiment.owned():
+    slots = number_of_slots(suite.config.measure, suite.config.slots)
+    report_again = ["report", str(args.suite), "--exp_dir", str(args.exp_dir)]
+    with open_experiment(args.exp_dir, suite) as experiment:
         view = View(experiment)
         queue = RunQueue(
             experiment,
             legs=args.legs,
+            slots=slots,
             retry_failed=args.retry == "failed",
             launcher=args.launcher,
             reporter=args.reporter or [sys.executable, "-m", "launch.ablate", *report_again],
             show=view.show,
             say=view.say,
         )
-        with view.live:
+        with view:
             code = queue.run()
-    print(experiment.folder / "report.html")
+    tell(lambda: print(experiment.folder / "report.html", flush=True))
     return code if not args.log_wandb or log_to_wandb(experiment) or code else EXIT_FAILED
 
 
 class View:
-    """A table that stays in place on a terminal, with the transitions above it; elsewhere the transitions alone."""
+    """A table that stays in place on a terminal, with the transitions above it; elsewhere the transitions alone.
+
+    Whoever reads may leave before the queue ends: a terminal is closed, a pipe breaks. queue.jsonl and `status` have
+    the rest.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -192,13 +200,27 @@ class View:
 
     def say(self, text: str) -> None:
         if self.console.is_terminal:
-            self.console.print(text, markup=False, highlight=False)
+            tell(lambda: self.console.print(text, markup=False, highlight=False))
         else:
-            print(f"{utc_now()[11:19]} {text}", flush=True)
+            tell(lambda: print(f"{utc_now()[11:19]} {text}", flush=True))
 
     def show(self, states: list[RunState]) -> None:
         if self.console.is_terminal:
-            self.live.update(table_of(self.experiment, states), refresh=True)
+            tell(lambda: self.live.update(table_of(self.experiment, states), refresh=True))
+
+    def __enter__(self) -> None:
+        tell(self.live.start)
+
+    def __exit__(self, *exception: object) -> None:
+        tell(self.live.stop)
+
+
+def tell(how: Callable[[], None]) -> None:
+    """Write to stdout; once nobody reads it, to nowhere."""
+    try:
+        how()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table_of(experiment: Experiment, states: list[RunState]) -> Table:
@@ -235,8 +257,9 @@ def shown(value: float | None, how: Callable[[float], str]) -> str:
 
 
 def status(args: argparse.Namespace) -> int:
-    experiment = existing_experiment(args.exp_dir)
-    states = [state for state in experiment.states() if args.legs is None or state.run.leg in args.legs]
+    experiment = existing_experiment(args.exp_dir, args.suite.stem)
+    legs = chosen_legs(experiment.suite["name"], experiment.suite["legs"], args.legs)
+    states = [state for state in experiment.states() if state.run.leg in legs]
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -249,7 +272,7 @@ def status(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     from launch.report import write_report
 
-    experiment = existing_experiment(args.exp_dir)
+    experiment = existing_experiment(args.exp_dir, args.suite.stem)
     print(write_report(experiment))
     return EXIT_COMPLETED if not args.log_wandb or log_to_wandb(experiment) else EXIT_FAILED
 

@@ -55,7 +55,7 @@ class Experiment:
     """An experiment's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+        self.folder = folder.resolve()  # one name: by it the processes of its runs are found again
         self.suite: dict[str, Any] = read_json_object(self.folder / "suite.json") or {}
 
     @property
@@ -87,10 +87,10 @@ class Experiment:
     def states(self, alive: set[str] | None = None) -> list[RunState]:
         """Every run of the suite, in its order. `alive`: folders of the attempts that run, if the caller knows."""
         alive = folders_in_use() if alive is None else alive
-        ends = {event["folder"]: event for event in self.events() if event["event"] == "run_ended"}
+        ends = {(event["run"], event["attempt"]): event for event in self.events() if event["event"] == "run_ended"}
         return [self.state(run, alive, ends) for run in self.runs]
 
-    def state(self, run: PlannedRun, alive: set[str], ends: dict[str, dict[str, Any]]) -> RunState:
+    def state(self, run: PlannedRun, alive: set[str], ends: dict[tuple[str, int], dict[str, Any]]) -> RunState:
         """From what still runs and what the last attempt wrote; where no rank began, from how launch.run ended."""
         folder = self.last_attempt(run)
         if folder is None:
@@ -99,7 +99,9 @@ class Experiment:
         if str(folder) in alive:
             return RunState(run, "running", number, folder, last_step(folder))
         if summary is None:
-            end = ends.get(str(folder), {"status": "interrupted", "reason": "nobody saw it begin"})
+            end = ends.get((run.name, number), {"status": "interrupted", "reason": "nobody saw it begin"})
+            if "step" in end:  # a rank began, so there was a run folder
+                end = {"status": "interrupted", "reason": "its run folder is gone"}
             return RunState(run, end["status"], number, folder, 0, end["reason"])
         if summary["status"] == "running":
             return RunState(run, "interrupted", number, folder, last_step(folder), "nobody saw it end")
@@ -156,22 +158,32 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
-def open_experiment(folder: Path, suite: Suite) -> Experiment:
-    """The experiment of a suite in a folder: a new one, or the one that was begun there with this very suite.
+@contextlib.contextmanager
+def open_experiment(folder: Path, suite: Suite) -> Iterator[Experiment]:
+    """The experiment of a suite in a folder, held: a new one, or the one that was begun there with this very suite.
 
-    Raises ConfigError if the folder holds anything else, or if legs, gates or a run file have changed since.
+    Raises ConfigError if the folder holds anything else, if legs, gates or a run file have changed since, or if another
+    queue holds it. It is held before suite.json is written: of two queues that begin at once, one writes it.
     """
-    folder = folder.absolute()
-    experiment = Experiment(folder)
-    content = suite.content
+    refuse_another(Experiment(folder), suite)  # before anything is created
+    folder.mkdir(parents=True, exist_ok=True)
+    with Experiment(folder).owned():
+        experiment = Experiment(folder)
+        refuse_another(experiment, suite)
+        if not experiment.suite:
+            header = {"hash": suite.hash, "begun": utc_now(), "reference": suite.reference}
+            write_json(experiment.folder / "suite.json", {**header, **suite.content})
+        yield Experiment(folder)
+
+
+def refuse_another(experiment: Experiment, suite: Suite) -> None:
+    """Raise ConfigError if a folder holds another experiment than this suite's, or something that is none."""
+    folder, content = experiment.folder, suite.content
     if not experiment.suite:
-        if folder.exists() and (not folder.is_dir() or any(path.name != ".queue.lock" for path in folder.iterdir())):
+        found = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+        if not all(is_trace_of_a_beginning(path) for path in found):
             raise ConfigError(f"--exp_dir {folder}: is not empty and holds no experiment. Use another --exp_dir.")
-        folder.mkdir(parents=True, exist_ok=True)
-        header = {"hash": suite.hash, "begun": utc_now(), "reference": suite.reference}
-        write_json(folder / "suite.json", {**header, **content})
-        return Experiment(folder)
-    if experiment.suite["hash"] != suite.hash:
+    elif experiment.suite["hash"] != suite.hash:
         kept = json.loads(json.dumps(content))
         changed = [key for key in kept if experiment.suite.get(key) != kept[key]]
         raise ConfigError(
@@ -179,14 +191,23 @@ def open_experiment(folder: Path, suite: Suite) -> Experiment:
             f"{experiment.suite['hash']}, now {suite.hash}). What decides is fixed before the first run: use another "
             "--exp_dir."
         )
-    return experiment
 
 
-def existing_experiment(folder: Path) -> Experiment:
-    """The experiment in a folder. Raises ConfigError if there is none."""
+def is_trace_of_a_beginning(path: Path) -> bool:
+    """Whether a queue that was killed before it had written suite.json left this file."""
+    return path.name == ".queue.lock" or path.name.startswith(".suite.json.")
+
+
+def existing_experiment(folder: Path, name: str) -> Experiment:
+    """The experiment of the suite of that name in a folder. Raises ConfigError if there is none."""
     experiment = Experiment(folder)
     if not experiment.suite:
-        raise ConfigError(f"--exp_dir {folder}: holds no experiment (no suite.json). Start one with `run`.")
+        raise ConfigError(f"--exp_dir {experiment.folder}: holds no experiment (no suite.json). Start one with `run`.")
+    if experiment.suite["name"] != name:
+        raise ConfigError(
+            f"--exp_dir {experiment.folder}: holds the experiment of {experiment.suite['name']}, not of {name}. Name "
+            "its suite file, or another --exp_dir."
+        )
     return experiment
 
 

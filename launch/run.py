@@ -105,6 +105,7 @@ def hosts_of(plan: Plan) -> list[str]:
         return find_hosts(plan.run.launch, plan.topology.gpus_per_node)
     if (refusal := missing_devices(plan)) is not None:
         raise ConfigError(refusal)
+    device_options(plan.topology.gpus_per_node)
     return []
 
 

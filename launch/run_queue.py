@@ -37,9 +37,9 @@ from launch.run import TRAIN_SCRIPT, usable_cores
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, read_summary
 from launch.shared_memory import remove_unused_buffers
 from launch.suite import PlannedRun
-from launch.supervise import GRACE_SECONDS, StopRequests, is_alive, runs_as_rank, send
+from launch.supervise import GRACE_SECONDS, KILLED_EARLY, STOPPED_EARLY, StopRequests, is_alive, runs_as_rank, send
 from launch.topology import visible_gpus
-from model.config import ConfigError
+from model.config import CheckpointError, ConfigError
 
 POLL_SECONDS = 0.5
 BUSY_SECONDS = 0.5  # to look, before a run that is to have the machine to itself, at what else runs there
@@ -76,6 +76,7 @@ class RunQueue:
         experiment: Experiment,
         *,
         legs: Iterable[str] | None,
+        slots: int,
         retry_failed: bool,
         launcher: list[str],
         reporter: list[str],
@@ -86,7 +87,7 @@ class RunQueue:
         self.legs = set(legs) if legs is not None else set(experiment.suite["legs"])
         self.wanted = (*UNFINISHED, *FAILED) if retry_failed else UNFINISHED
         self.alone = experiment.suite["measure"] == "throughput"
-        self.slots = number_of_slots(experiment)
+        self.slots = slots
         self.active: list[Attempt] = []
         self.tried: set[str] = set()  # once in a queue's life, lest a run that always dies runs forever
         self.start_afresh: set[str] = set()
@@ -173,7 +174,8 @@ class RunQueue:
             folder = experiment.attempt_folder(run, state.attempts + 1)
         run_file = experiment.run_file(run)
         slot = min(set(range(self.slots)) - {attempt.slot for attempt in self.active})
-        variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **self.variables_of_slot(slot)}
+        share = {} if self.alone else variables_of_slot(slot, self.slots)
+        variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **share}
         busy = (
             {"busy_percent": psutil.cpu_percent(BUSY_SECONDS)} if self.alone else {}
         )  # by others: nothing of ours runs
@@ -194,15 +196,6 @@ class RunQueue:
                 f"{run.name}: other programs keep {busy['busy_percent']:.0f}% of the cores busy: its speed will tell"
             )
 
-    def variables_of_slot(self, slot: int) -> dict[str, str]:
-        """What keeps runs that are side by side out of each other's way."""
-        if self.alone:
-            return {}
-        if visible_gpus():
-            listed = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-            return {"CUDA_VISIBLE_DEVICES": listed[slot] if listed else str(slot)}
-        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.slots))}
-
     def see_what_ended(self) -> None:
         for attempt in [each for each in self.active if each.has_ended()]:
             self.active.remove(attempt)
@@ -212,20 +205,22 @@ class RunQueue:
             self.report_wanted = True
 
     def settle(self, attempt: Attempt) -> None:
-        """Note how an attempt ended. A checkpoint that is refused is left alone, and the run starts afresh."""
+        """Note how an attempt ended. A checkpoint that is refused is left alone, and the run starts afresh; what is
+        refused for another reason, such as data that are not there, can continue once that is mended."""
         run, code = attempt.run, attempt.child.returncode if attempt.child is not None else None
         if code == EXIT_REFUSED:
             reason = last_line(attempt.folder.with_suffix(".txt"))
             self.note("run_ended", attempt, status="refused", exit_code=code, reason=reason)
             self.say(f"{run.name}: refused: {reason}")
-            if attempt.resumed:
+            if attempt.resumed and reason.startswith(CheckpointError.__name__):
                 self.start_afresh.add(run.name)
                 self.tried.discard(run.name)
             return
         began = read_summary(attempt.folder) is not None
         if not began:
             reason = last_line(attempt.folder.with_suffix(".txt"))
-            status = "failed" if code == EXIT_FAILED else "interrupted"
+            outside = any(why in reason for why in (STOPPED_EARLY, KILLED_EARLY))
+            status = "failed" if code == EXIT_FAILED and not outside else "interrupted"
             self.note("run_ended", attempt, status=status, exit_code=code, reason=reason)
             self.say(f"{run.name}: {status}: {reason}")
             return
@@ -276,7 +271,9 @@ class RunQueue:
         if self.report_wanted:
             self.report_wanted = False
             with open(self.experiment.folder / "report.log", "wb") as log:
-                self.report = subprocess.Popen(self.reporter, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                self.report = subprocess.Popen(  # in its own session: Ctrl-C is for the queue, and the runs
+                    self.reporter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
             return False
         return True
 
@@ -286,17 +283,25 @@ class RunQueue:
             self.show(self.states())
 
 
-def number_of_slots(experiment: Experiment) -> int:
+def number_of_slots(measure: str, asked: int | str) -> int:
     """Runs at a time. Raises ConfigError where a quality suite states more than this machine has room for."""
-    if experiment.suite["measure"] == "throughput":
+    if measure == "throughput":
         return 1
-    room, asked = visible_gpus() or usable_cores(), experiment.suite["slots"]
-    if asked == "auto":
+    room = visible_gpus() or usable_cores()
+    if not isinstance(asked, int):  # "auto"
         return room
     if asked > room:
         what = "GPUs" if visible_gpus() else "cores"
         raise ConfigError(f"slots={asked}, but this machine has {room} {what}. Use at most {room}, or 'auto'.")
     return asked
+
+
+def variables_of_slot(slot: int, slots: int) -> dict[str, str]:
+    """What keeps runs that are side by side out of each other's way: a GPU each, or a share of the cores."""
+    if visible_gpus():
+        listed = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        return {"CUDA_VISIBLE_DEVICES": listed[slot] if listed else str(slot)}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // slots))}
 
 
 def end_processes(folder: Path) -> None:
@@ -307,7 +312,9 @@ def end_processes(folder: Path) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     while any(is_alive(process) for process in ranks) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    while left := processes_of(folder):
+    for _ in range(50):  # bounded: a process in the kernel's hands may linger
+        if not (left := processes_of(folder)):
+            break
         for process in left:
             send(process, signal.SIGKILL)
         time.sleep(0.1)

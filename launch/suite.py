@@ -187,7 +187,7 @@ def load_suite(path: Path, assignments: list[str] | None = None) -> Suite:
     for name, leg in config.legs.items():
         own = base
         if leg.base is not None:
-            own = merge_over(folder_of(f"legs.{name}.base") / leg.base, config.patch)
+            own = merge_over(folder_of("legs", name, "base") / leg.base, config.patch)
             own = with_assignments(own, assignments or [])
         trees[name] = lay_over(copy.deepcopy(own), leg.patch)
     if config.measure == "quality":
@@ -206,7 +206,7 @@ def load_suite(path: Path, assignments: list[str] | None = None) -> Suite:
         config=config,
         legs=legs,
         gates=gates,
-        runs=planned_runs(config, legs, resolved_base["run"]["train"]["seed"]),
+        runs=planned_runs(config, legs),
         base=resolved_base,
         reference=read_reference_rows(folder_of("reference") / config.reference) if config.reference else None,
     )
@@ -229,11 +229,11 @@ def read_suite_tree(path: Path) -> tuple[dict[str, Any], Any]:
     for _, tree in reversed(chain):
         merged = lay_suite_over(merged, tree)
 
-    def folder_of(key: str) -> Path:
-        """The folder of the file that states a dotted key: the first in the chain."""
+    def folder_of(*key: str) -> Path:
+        """The folder of the file that states a key: the first in the chain."""
         for each, tree in chain:
             found: Any = tree
-            for part in key.split("."):
+            for part in key:  # not split at dots: the name of a leg may have some
                 found = found.get(part) if isinstance(found, dict) else None
             if found is not None:
                 return each.parent
@@ -350,7 +350,7 @@ def read_reference_rows(path: Path) -> dict[str, Any]:
     return read_reference(path).model_dump(mode="json", exclude_none=True)
 
 
-def planned_runs(config: SuiteConfig, legs: dict[str, Leg], base_seed: int) -> list[PlannedRun]:
+def planned_runs(config: SuiteConfig, legs: dict[str, Leg]) -> list[PlannedRun]:
     """The runs in their order. Interleaved, every second round runs backwards, so that a machine that grows slower or
     faster over hours favours no leg."""
     runs = []

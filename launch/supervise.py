@@ -48,6 +48,7 @@ GRACE_SECONDS = 60.0  # for ranks that outlive `deepspeed`: time to save a check
 LEFTOVER_SECONDS = 5.0  # for what outlives the run itself: data workers, a W&B upload
 KILL_SECONDS = 60.0  # for ending the ranks on other nodes; more than Slurm's KillWait of 30 s
 REPEAT_SECONDS = 1.0
+STOPPED_EARLY, KILLED_EARLY = "stopped before it began", "killed before it began"  # from outside: no fault of the run
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: sbatch --signal=B:USR1@120
 
 
@@ -124,6 +125,7 @@ class StopRequests:
     """Counts STOP_SIGNALS while it is entered: the first asks, the second kills.
 
     Signals within a second of each other are one request: a terminal and a scheduler may both pass the same one on.
+    Under nohup SIGHUP is ignored, and stays so.
     """
 
     def __init__(self) -> None:
@@ -138,6 +140,8 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         for signum in STOP_SIGNALS:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             self.before[signum] = signal.signal(signum, self._heard)
         return self
 
@@ -272,10 +276,10 @@ def faults_of(run_dir: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in run_dir.glob("rank*.err")}
 
 
-def faults_since(run_dir: Path, started: str) -> bool:
-    """Whether a rank other than 0 wrote of a fault of its own since then."""
-    began = datetime.fromisoformat(started).timestamp()
-    return any(path.stat().st_mtime >= began for path in run_dir.glob("rank*.err"))
+def faults_since(run_dir: Path, started: str | None) -> list[Path]:
+    """What ranks other than 0 wrote of faults of their own since then; None: ever."""
+    began = datetime.fromisoformat(started).timestamp() if started is not None else 0.0
+    return sorted(path for path in run_dir.glob("rank*.err") if path.stat().st_mtime >= began)
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -315,19 +319,13 @@ def settle(
     summary = read_summary(run_dir) or {}
     of_this_attempt = "started" in summary and summary["started"] != started_before
     if of_this_attempt and summary["status"] != "running":
-        if summary.get("lost_peer") and not faults_since(run_dir, summary["started"]):
-            reason = f"a rank ended without a word; another then lost it ({summary['reason']})"
-            summary |= {"reason": reason, "ranks_reported": False}
+        if summary.get("lost_peer"):
+            summary |= cause_of_loss(faults_since(run_dir, summary["started"]), summary["reason"])
             write_json(run_dir / "summary.json", summary)
         return report(run_dir, summary)
 
     if read_json_object(run_dir / "env.json") is None:
-        why = (
-            "stopped before it began"
-            if stop_requests
-            else f"no rank began to train; launcher exit code {deepspeed_code}"
-        )
-        say(f"failed: {why}; nothing was written to {run_dir}")
+        say(f"failed: {why_nothing_began(deepspeed_code, stop_requests)}; nothing was written to {run_dir}")
         return EXIT_FAILED
     status, step, reason = (
         "failed",
@@ -339,22 +337,46 @@ def settle(
         status, step, reason = "stopped", saved, "stopped on request, before a step was logged after the checkpoint"
     elif stop_requests:
         reason = "ended by a request to stop, before a checkpoint was saved"
-    elif faults := sorted(run_dir.glob("rank*.err")):
-        reason += f"; see {', '.join(path.name for path in faults)}"
-        if any("OutOfMemoryError" in path.read_text(encoding="utf-8") for path in faults):
-            status = "oom"
-    return report(
-        run_dir, close_summary(run_dir, summary, of_this_attempt, {"status": status, "reason": reason, "step": step})
-    )
+    began = summary["started"] if of_this_attempt else summary.get("ended")
+    faults = [] if stop_requests else faults_since(run_dir, began)
+    if faults:
+        status, reason = status_of_faults(faults), f"{reason}; see {names_of(faults)}"
+    end = {"status": status, "reason": reason, "step": step, "ranks_reported": bool(faults)}
+    return report(run_dir, close_summary(run_dir, summary, of_this_attempt, end))
+
+
+def cause_of_loss(faults: list[Path], reason: str) -> dict[str, Any]:
+    """What the summary of a rank that lost another is to say, from what the others wrote of faults of their own."""
+    if faults:
+        return {"status": status_of_faults(faults), "reason": f"{reason}; see {names_of(faults)}"}
+    return {"reason": f"a rank ended without a word; another then lost it ({reason})", "ranks_reported": False}
+
+
+def status_of_faults(faults: list[Path]) -> str:
+    return "oom" if any("OutOfMemoryError" in path.read_text(encoding="utf-8") for path in faults) else "failed"
+
+
+def names_of(faults: list[Path]) -> str:
+    return ", ".join(path.name for path in faults)
+
+
+def why_nothing_began(deepspeed_code: int, stop_requests: int) -> str:
+    """deepspeed 0.19.8 passes on what a rank exited with, 256 - N for signal N, and 0 where launch.py was killed."""
+    if stop_requests:
+        return STOPPED_EARLY
+    if deepspeed_code <= 0 or deepspeed_code > 256 - signal.NSIG:
+        return f"{KILLED_EARLY}; launcher exit code {deepspeed_code}"
+    return f"no rank began to train; launcher exit code {deepspeed_code}"
 
 
 def close_summary(run_dir: Path, summary: dict[str, Any], of_this_attempt: bool, end: dict[str, Any]) -> dict[str, Any]:
     """Write the final status that the ranks could not write, and the time that they spent. Returns the new summary.
 
-    ranks_reported is false in it: that the ranks ended without a word tells a killed run from one that failed."""
+    ranks_reported in it: whether a rank wrote of a fault. Without a word they were killed: that is no failed run.
+    """
     ended = utc_now()
     kept = {name: value for name, value in summary.items() if name not in ("pid", "hostname")}
-    closed = {**kept, **end, "ended": ended, "ranks_reported": False}
+    closed = {**kept, **end, "ended": ended}
     if of_this_attempt:
         spent = datetime.fromisoformat(ended) - datetime.fromisoformat(summary["started"])
         closed["total_time_min"] = summary.get("total_time_min", 0.0) + spent.total_seconds() / 60

@@ -15,8 +15,8 @@ from launch.command_line import parse_launch_arguments
 from launch.run_config import load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, checkpoint_name, decide_beginning
 from launch.run_log import RunLog, tail_figures
-from launch.supervise import refuse_if_in_use
-from model.config import ConfigError
+from launch.supervise import refuse_if_in_use, settle
+from model.config import CheckpointError, ConfigError
 
 SECONDS = 0.02
 
@@ -30,11 +30,16 @@ def main() -> int:
     try:
         beginning = decide_beginning(args.run_dir, run.config_hash, args.resume)
         refuse_if_in_use(args.run_dir)
-        if leg.get("end") == "refuse" or (leg.get("end") == "refuse to continue" and beginning.step):
+        if leg.get("end") == "refuse":
             raise ConfigError("run.data.train=nowhere: no token files.")
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
+        if leg.get("end") == "refuse to continue" and beginning.step:
+            raise CheckpointError("step 5 was saved by 2 ranks.")
+    except (ConfigError, CheckpointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    if "never_begins" in leg:
+        deepspeed_code, stop_requests = leg["never_begins"]
+        return settle(args.run_dir, None, deepspeed_code, args.run_dir / "no_refusal", stop_requests)
 
     draws = random.Random(run.train.seed)
     offset = draws.gauss(0, 0.01)

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import pty
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +157,48 @@ def test_an_interrupted_run_continues_from_its_checkpoint_in_the_same_folder(tmp
     assert not (folder.parent / "repeat1_attempt2").exists()
 
 
+def test_a_terminal_that_is_closed_asks_to_stop_and_every_run_is_seen_to_its_end(tmp_path: Path) -> None:
+    gates = [{"metric": "train/loss", "no_worse_than": "baseline + 2 sigma"}]
+    ablation = Ablation(tmp_path, measure="quality", slots=2, gates=gates)
+    ablation.variables["FAKE_SECONDS"] = "0.1"
+    terminal, end_of_queue = pty.openpty()
+    line = [sys.executable, "-c", ABLATE_FAKE, str(FAKE_LAUNCH), "run", str(ablation.suite)]
+    queue = subprocess.Popen(
+        [*line, "--exp_dir", str(ablation.exp_dir)],
+        env=environment(**ablation.variables),
+        stdin=end_of_queue,
+        stdout=end_of_queue,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    os.close(end_of_queue)
+    ablation.await_step(2)
+    os.close(terminal)
+    queue.send_signal(signal.SIGHUP)
+    assert (queue.communicate(timeout=PATIENCE)[1], queue.returncode) == ("", 3)
+    assert {event["run"] for event in ablation.events("run_ended")} == {"base/repeat1", "cap_1/repeat1"}
+    assert set(ablation.statuses().values()) == {"stopped"}
+    assert len(ablation.events("queue_ended")) == 1
+
+
+def test_ctrl_c_does_not_reach_the_report(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    (ablation.exp_dir.parent / "reporter.py").write_text("import time; time.sleep(2); open('made', 'w')")
+    program = ABLATE_FAKE.replace("['true']", f"[sys.executable, '{tmp_path / 'reporter.py'}']")
+    queue = subprocess.Popen(
+        [sys.executable, "-c", program, FAKE_LAUNCH, "run", ablation.suite, "--exp_dir", ablation.exp_dir],
+        env=environment(**ablation.variables),
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    while not (ablation.exp_dir / "report.log").exists():
+        time.sleep(0.05)
+    os.killpg(queue.pid, signal.SIGINT)
+    assert queue.wait(timeout=PATIENCE) == 3
+    assert (tmp_path / "made").exists()
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_a_fresh_folder(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path, {"base": {"saves": False}})
     queue = ablation.start("run")
@@ -180,6 +224,34 @@ def test_a_run_that_outlives_its_queue_is_watched_on(tmp_path: Path) -> None:
     assert ablation.events("run_adopted")[0]["folder"] == str(folder)
     assert json.loads((folder / "env.json").read_text())["attempts"] == []  # it was not started again
     assert steps_of(folder) == list(range(1, 21))
+
+
+def test_a_run_that_outlives_its_queue_is_found_by_another_name_of_the_folder(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    queue = ablation.start("run", "--exp_dir", str(tmp_path / "link" / "exp"))
+    folder = ablation.await_step(6)
+    queue.kill()
+    queue.communicate()
+    assert ablation.statuses()["base/repeat1"] == "running"
+    assert ablation("run", "--exp_dir", str(tmp_path / "link" / ".." / tmp_path.name / "exp")).returncode == 0
+    assert ablation.events("run_adopted")[0]["folder"] == str(folder)
+    assert not (folder.parent / "repeat1_attempt2.txt").exists()
+
+
+def test_statuses_stay_when_the_folder_moves_and_a_run_whose_folder_is_gone_is_not_completed(tmp_path: Path) -> None:
+    legs = {**LEGS, "refuse": {"question": "?", "patch": {"run": {"train": {"warmup_steps": 3}}}}}
+    ablation = Ablation(tmp_path, {"refuse": {"end": "refuse"}}, legs=legs)
+    assert ablation("run").returncode == 4
+    shutil.rmtree(ablation.exp_dir / "legs" / "cap_1" / "repeat1_attempt1")
+    ablation.exp_dir.rename(tmp_path / "moved")
+    ablation.exp_dir = tmp_path / "moved"
+    assert ablation.statuses() == {
+        "base/repeat1": "completed",
+        "cap_1/repeat1": "interrupted",
+        "refuse/repeat1": "refused",
+    }
+    assert ablation("run", "--legs", "base,cap_1").returncode == 0
 
 
 def test_a_second_queue_is_refused_while_the_first_works_and_status_sees_the_first(tmp_path: Path) -> None:
@@ -228,6 +300,20 @@ def test_statuses_are_told_apart_and_only_what_failed_is_retried_on_request(tmp_
     ]
 
 
+def test_a_run_stopped_or_killed_before_it_began_is_continued_and_one_that_failed_is_not(tmp_path: Path) -> None:
+    ends = {"stopped": (241, 1), "killed": (247, 0), "orphaned": (0, 0), "failed": (1, 0)}
+    legs = {"base": LEGS["base"]} | {
+        name: {"question": "?", "patch": {"run": {"train": {"warmup_steps": 3 + i}}}} for i, name in enumerate(ends)
+    }
+    ablation = Ablation(tmp_path, {name: {"never_begins": end} for name, end in ends.items()}, legs=legs)
+    assert ablation("run").returncode == 4
+    assert [ablation.statuses()[f"{name}/repeat1"] for name in ends] == [*["interrupted"] * 3, "failed"]
+
+    ablation.variables["FAKE_LEGS"] = "{}"
+    assert ablation("run").returncode == 4
+    assert [ablation.statuses()[f"{name}/repeat1"] for name in ends] == [*["completed"] * 3, "failed"]
+
+
 def test_a_checkpoint_that_is_refused_is_left_alone_and_the_run_begins_afresh(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path, {"base": {"end": "refuse to continue"}})
     queue = ablation.start("run", "--legs", "base")
@@ -237,6 +323,21 @@ def test_a_checkpoint_that_is_refused_is_left_alone_and_the_run_begins_afresh(tm
     assert ablation("run", "--legs", "base").returncode == 0
     assert (folder / "checkpoints" / "latest").exists()
     assert steps_of(folder.parent / "repeat1_attempt2") == list(range(1, 21))
+
+
+def test_a_run_whose_data_are_away_keeps_its_steps_until_they_are_back(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    queue = ablation.start("run", "--legs", "base")
+    folder = ablation.await_step(6)
+    queue.send_signal(signal.SIGTERM)
+    queue.communicate()
+    ablation.variables["FAKE_LEGS"] = json.dumps({"base": {"end": "refuse"}})
+    assert ablation("run", "--legs", "base").returncode == 4
+    assert ablation.statuses()["base/repeat1"] == "stopped"
+    ablation.variables["FAKE_LEGS"] = "{}"
+    assert ablation("run", "--legs", "base").returncode == 0
+    assert steps_of(folder) == list(range(1, 21))
+    assert not (folder.parent / "repeat1_attempt2.txt").exists()
 
 
 def test_a_changed_suite_is_refused_with_what_changed_and_nothing_runs(tmp_path: Path) -> None:
@@ -258,6 +359,43 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     assert (done.returncode, "is not empty and holds no experiment" in done.stderr) == (2, True)
     assert "holds no experiment (no suite.json)" in ablation("report").stderr
     assert sorted(path.name for path in ablation.exp_dir.iterdir()) == ["thesis.tex"]
+
+
+def test_more_slots_than_there_is_room_for_are_refused_and_nothing_is_created(tmp_path: Path) -> None:
+    gates = [{"metric": "val/loss", "no_worse_than": "baseline + 2 sigma"}]
+    patch = {"run": {"train": {"num_steps": 20}, "data": {"train": "builtin", "val": "builtin"}}}
+    ablation = Ablation(tmp_path, measure="quality", slots=999, gates=gates, patch=patch)
+    done = ablation("run")
+    assert (done.returncode, "slots=999, but this machine has" in done.stderr) == (2, True)
+    assert not ablation.exp_dir.exists()
+
+
+def test_of_queues_that_begin_at_once_one_writes_the_suite_and_runs_it(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    ablation.exp_dir.mkdir()
+    with ablation.experiment.owned():  # the other has not written suite.json yet
+        done = ablation("run")
+    assert (done.returncode, "another queue works on it" in done.stderr) == (2, True)
+    assert not (ablation.exp_dir / "suite.json").exists()
+
+
+def test_a_queue_killed_while_it_wrote_the_suite_can_begin_again(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    ablation.exp_dir.mkdir()
+    (ablation.exp_dir / ".suite.json.4711.tmp").write_text('{"hash": "3')
+    (ablation.exp_dir / ".queue.lock").touch()
+    assert ablation("run", "--legs", "base").returncode == 0
+
+
+def test_what_is_asked_of_another_suite_or_an_unknown_leg_is_refused(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    assert ablation("run", "--legs", "base").returncode == 0
+    done = ablation("status", "--legs", "base,nope")
+    assert (done.returncode, "--legs nope: no such leg in suite. Use some of base, cap_1." in done.stderr) == (2, True)
+    ablation.suite = ablation.suite.rename(tmp_path / "other.json")
+    for command in ("status", "report"):
+        done = ablation(command)
+        assert (done.returncode, "holds the experiment of suite, not of other." in done.stderr) == (2, True)
 
 
 def test_quality_runs_go_side_by_side_each_with_its_share_of_the_cores(tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_a_path_is_relative_to_the_file_that_states_it(tmp_path: Path) -> None:
     assert suite.reference["hardware"] == "8x H800"
 
 
+def test_a_leg_with_a_dot_in_its_name_has_its_base_beside_the_file_that_states_it(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "run.json", VALID)
+    write(tmp_path / "a" / "leg.json", merge_patch(VALID, train(seed=2)))
+    legs = {**LEGS, "seed_1.25": {"question": "Another seed?", "base": "leg.json"}}
+    write(tmp_path / "a" / "suite.json", {**SUITE, "legs": legs})
+    suite = load_suite(write(tmp_path / "b" / "suite.json", {"base_suite": "../a/suite.json"}))
+    assert suite.legs["seed_1.25"].run.train.seed == 2
+
+
 def test_a_suite_is_a_merge_patch_over_its_base_suite(tmp_path: Path) -> None:
     suite_file(tmp_path, patch=train(num_steps=8, log_every=2))
     over = {"base_suite": "suite.json", "question": "And so?", "patch": train(num_steps=4), "legs": {"long": None}}

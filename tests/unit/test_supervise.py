@@ -89,8 +89,30 @@ def test_a_rank_that_lost_another_which_wrote_why_has_failed_of_that(run_dir: Pa
     lose_a_peer(run_dir)
     (run_dir / "rank3.err").write_text("Traceback")
     assert settle(run_dir, BEFORE, 7, refusal, stop_requests=0) == 4
-    assert summary_of(run_dir)["reason"] == "RuntimeError: reset"
+    assert summary_of(run_dir)["reason"] == "RuntimeError: reset; see rank3.err"
     assert "ranks_reported" not in summary_of(run_dir)
+
+
+@pytest.mark.parametrize("end", ["running", "lost_peer"])
+@pytest.mark.parametrize(("fault", "status"), [("AssertionError: x", "failed"), ("torch.OutOfMemoryError: x", "oom")])
+def test_what_another_rank_wrote_of_its_fault_is_why_a_run_ended(
+    run_dir: Path, refusal: Path, end: str, fault: str, status: str
+) -> None:
+    summarise(run_dir, "running", started=NOW) if end == "running" else lose_a_peer(run_dir)
+    (run_dir / "rank1.err").write_text(fault)
+    assert settle(run_dir, BEFORE, 1, refusal, stop_requests=0) == 4
+    assert summary_of(run_dir)["status"] == status
+    assert summary_of(run_dir).get("ranks_reported") is not False  # not killed: a rank said what was wrong
+
+
+def test_a_fault_of_an_earlier_attempt_is_not_why_this_one_ended(run_dir: Path, refusal: Path) -> None:
+    (run_dir / "rank1.err").write_text("torch.OutOfMemoryError: x")
+    os.utime(run_dir / "rank1.err", (0, 0))
+    summarise(run_dir, "running", started=NOW)
+    assert settle(run_dir, BEFORE, -9, refusal, stop_requests=0) == 4
+    summary = summary_of(run_dir)
+    assert (summary["status"], summary["ranks_reported"]) == ("failed", False)
+    assert summary["reason"] == "ranks ended without a final status; launcher exit code -9"
 
 
 def test_the_summary_of_an_earlier_attempt_is_no_success_of_this_one(run_dir: Path, refusal: Path) -> None:
@@ -215,3 +237,16 @@ def test_the_same_signal_passed_on_twice_is_one_request(monkeypatch: pytest.Monk
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.count == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_closed_terminal_stops_nothing_that_nohup_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.count == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.count == 1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
