@@ -621,9 +621,8 @@ class Trainer:
 
 
 def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseException) -> None:
-    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere; that a peer is gone is no fault of this rank.
-
-    A NotFinite says all in its one line.
+    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere; to rank<N>.lost if another rank is gone, no
+    fault of this one. A NotFinite says all in its one line.
     """
     if isinstance(error, NotFinite):
         return
@@ -632,10 +631,8 @@ def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseExcept
         log.say(trace)
         return
     print(trace, file=sys.stderr)
-    if lost_peer(error):
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / f"rank{rank}.err").write_text(trace)
+    (run_dir / f"rank{rank}.{'lost' if lost_peer(error) else 'err'}").write_text(trace)
 
 
 def end_process(code: int) -> None:

@@ -25,7 +25,7 @@ from launch.command_line import OneLineParser
 from launch.environment import utc_now
 from launch.experiment import Experiment, RunState, existing_experiment, last_metrics, open_experiment
 from launch.run import Plan, hosts_of, launch_plan
-from launch.run_config import REPO_ROOT, resolve
+from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import thousands
 from launch.run_queue import RunQueue, launch_command, number_of_slots
@@ -233,12 +233,11 @@ def table_of(experiment: Experiment, states: list[RunState]) -> Table:
     table.add_column("reason", overflow="fold")
     for state in states:
         figures = last_metrics(state.folder)
-        num_steps = resolve(state.run.tree).num_steps
         table.add_row(
             state.run.leg,
             str(state.run.repeat),
             state.status,
-            "" if state.status == "pending" else f"{state.step}/{num_steps}",
+            "" if state.status == "pending" else f"{state.step}/{state.run.num_steps}",
             shown(figures.get("train/loss"), "{:.3f}".format),
             shown(figures.get("tail50_tok_per_sec", figures.get("train/tok_per_sec")), thousands),
             shown(figures.get("total_time_min"), "{:.1f}".format),

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from launch.experiment import FAILED, Experiment, RunState
+from launch.experiment import FAILED, Experiment, RunState, whole_summary
 from launch.loss_matched import Matched, curve_metric, match
 from launch.metrics import Gate, Metric, parse_gate
 from launch.noise import FEWEST_STEPS, interval_of_mean, relative_error_of_mean
@@ -55,8 +55,9 @@ class Comparison:
 
     def read(self, state: RunState) -> RunResult | None:
         """What the run's last attempt left; None where no rank began."""
-        began = state.folder is not None and state.folder.is_dir()
-        return read_run(state.folder, state.run.name) if began and state.folder is not None else None
+        if state.folder is None or whole_summary(state.folder) is None:
+            return None
+        return read_run(state.folder, state.run.name)
 
     def done(self, leg: str) -> list[RunResult]:
         """The completed runs of a leg."""

@@ -95,7 +95,7 @@ class Experiment:
         folder = self.last_attempt(run)
         if folder is None:
             return RunState(run, "pending", 0)
-        number, summary = attempt_number(folder), read_summary(folder)
+        number, summary = attempt_number(folder), whole_summary(folder)
         if str(folder) in alive:
             return RunState(run, "running", number, folder, last_step(folder))
         if summary is None:
@@ -225,15 +225,24 @@ def last_metrics(folder: Path | None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for line in read_lines(folder / "metrics.jsonl") if folder is not None else []:
         figures |= line
-    return figures | ((read_summary(folder) if folder is not None else None) or {})
+    return figures | ((whole_summary(folder) if folder is not None else None) or {})
 
 
 def has_checkpoint(folder: Path | None) -> bool:
     """Whether a run can continue there; a `latest` that says nothing useful is as good as none."""
     try:
-        return folder is not None and latest_step(folder) is not None
+        return folder is not None and whole_summary(folder) is not None and latest_step(folder) is not None
     except ConfigError:
         return False
+
+
+def whole_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of an attempt; one that is damaged is as good as none, and the run begins again elsewhere."""
+    try:
+        summary = read_summary(folder)
+    except ConfigError:
+        return None
+    return summary if isinstance(summary, dict) and "status" in summary else None
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

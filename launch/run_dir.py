@@ -1,6 +1,7 @@
 """The run folder: what lies in it, whether a run may begin or continue there, and files that are never half written.
 
-config.json  env.json  metrics.jsonl  expert_load.jsonl  summary.json  log.txt  rank*.err  checkpoints/  wandb/
+config.json  env.json  metrics.jsonl  expert_load.jsonl  summary.json  log.txt  checkpoints/  wandb/
+rank*.err  rank*.lost  faults of ranks other than 0, and that they lost another rank
 profile/  of the last attempt with run.train.profile_steps: trace.json.gz  table.md  parts.json (model/profile.py)
 """
 

@@ -44,7 +44,7 @@ from model.config import CheckpointError, ConfigError
 POLL_SECONDS = 0.5
 BUSY_SECONDS = 0.5  # to look, before a run that is to have the machine to itself, at what else runs there
 BUSY_PERCENT = 10.0  # of all cores: from here on it is told
-SHOW_SECONDS = 2.0  # between looks at the run folders
+SHOW_SECONDS = 5.0  # between looks at the run folders
 SLOT = "MOELAB_SLOT"  # environment variable: which GPU, or share of the cores, an attempt has
 
 
@@ -94,6 +94,7 @@ class RunQueue:
         self.report: subprocess.Popen[bytes] | None = None
         self.report_wanted = not (experiment.folder / "report.md").exists()
         self.shown_at = 0.0
+        self.asked = False  # to stop
 
     def run(self) -> int:
         """Until nothing is left to do, or a signal asks to stop; the exit code."""
@@ -237,17 +238,18 @@ class RunQueue:
 
     def ask_to_stop(self, again: bool) -> None:
         """launch.run passes the first request on to the ranks, which save; the second kills them."""
-        self.experiment.note("queue_stopping", runs=[attempt.run.name for attempt in self.active])
+        self.asked = True
+        for attempt in self.active:
+            send(attempt.process, signal.SIGTERM)
         if self.active:
             names = ", ".join(attempt.run.name for attempt in self.active)
             self.say(f"killing {names}" if again else f"asked {names} to save and stop; a second signal kills")
-        for attempt in self.active:
-            send(attempt.process, signal.SIGTERM)
+            self.experiment.note("queue_stopping", runs=[attempt.run.name for attempt in self.active])
 
     def end_all(self) -> None:
-        """On the way out, whatever the reason: nothing that this queue started outlives it."""
-        for attempt in self.active:
-            send(attempt.process, signal.SIGTERM)
+        """On the way out, whatever the reason: runs are asked to save, and given GRACE_SECONDS."""
+        if not self.asked:  # a second request would kill them
+            self.ask_to_stop(again=False)
         deadline = time.monotonic() + GRACE_SECONDS
         while any(not attempt.has_ended() for attempt in self.active) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)

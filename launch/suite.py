@@ -134,6 +134,7 @@ class PlannedRun:
     leg: str
     repeat: int  # 1, 2, ...
     seed: int
+    num_steps: int
     tree: dict[str, Any] = field(compare=False)  # the run file, resolved
 
     @property
@@ -359,7 +360,8 @@ def planned_runs(config: SuiteConfig, legs: dict[str, Leg]) -> list[PlannedRun]:
         for name, leg in legs.items():
             seed = config.seeds[repeat - 1] if config.seeds is not None else leg.run.train.seed + repeat - 1
             patch = {"run": {"train": {"seed": seed}, "wandb": {"name": f"{name}-repeat{repeat}"}}}
-            of_round.append(PlannedRun(name, repeat, seed, resolve(merge_patch(leg.tree, patch)).resolved))
+            run = resolve(merge_patch(leg.tree, patch))
+            of_round.append(PlannedRun(name, repeat, seed, run.num_steps, run.resolved))
         runs += of_round if repeat % 2 else of_round[::-1]
     if config.order == "by_leg":
         runs.sort(key=lambda run: (list(legs).index(run.leg), run.repeat))

@@ -276,10 +276,10 @@ def faults_of(run_dir: Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in run_dir.glob("rank*.err")}
 
 
-def faults_since(run_dir: Path, started: str | None) -> list[Path]:
+def faults_since(run_dir: Path, started: str | None, names: str = "rank*.err") -> list[Path]:
     """What ranks other than 0 wrote of faults of their own since then; None: ever."""
     began = datetime.fromisoformat(started).timestamp() if started is not None else 0.0
-    return sorted(path for path in run_dir.glob("rank*.err") if path.stat().st_mtime >= began)
+    return sorted(path for path in run_dir.glob(names) if path.stat().st_mtime >= began)
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def settle(
     of_this_attempt = "started" in summary and summary["started"] != started_before
     if of_this_attempt and summary["status"] != "running":
         if summary.get("lost_peer"):
-            summary |= cause_of_loss(faults_since(run_dir, summary["started"]), summary["reason"])
+            summary |= cause_of_loss(run_dir, summary)
             write_json(run_dir / "summary.json", summary)
         return report(run_dir, summary)
 
@@ -345,10 +345,18 @@ def settle(
     return report(run_dir, close_summary(run_dir, summary, of_this_attempt, end))
 
 
-def cause_of_loss(faults: list[Path], reason: str) -> dict[str, Any]:
-    """What the summary of a rank that lost another is to say, from what the others wrote of faults of their own."""
+def cause_of_loss(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the summary of rank 0, which lost another, is to say: from what the others wrote, and who wrote nothing.
+
+    If all wrote that they lost another, nobody was killed: the network failed, or the collectives did.
+    """
+    reason, faults = summary["reason"], faults_since(run_dir, summary["started"])
     if faults:
         return {"status": status_of_faults(faults), "reason": f"{reason}; see {names_of(faults)}"}
+    environment = read_json_object(run_dir / "env.json") or {}
+    ranks = [environment, *environment.get("attempts", [])][-1].get("world_size", math.inf)
+    if 1 + len(faults_since(run_dir, summary["started"], "rank*.lost")) >= ranks:
+        return {"reason": f"every rank lost another: {reason}"}
     return {"reason": f"a rank ended without a word; another then lost it ({reason})", "ranks_reported": False}
 
 

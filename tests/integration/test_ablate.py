@@ -314,6 +314,16 @@ def test_a_run_stopped_or_killed_before_it_began_is_continued_and_one_that_faile
     assert [ablation.statuses()[f"{name}/repeat1"] for name in ends] == [*["completed"] * 3, "failed"]
 
 
+def test_a_damaged_summary_is_as_good_as_none_and_hurts_no_other_run(tmp_path: Path) -> None:
+    ablation = Ablation(tmp_path)
+    assert ablation("run").returncode == 0
+    (ablation.exp_dir / "legs/base/repeat1_attempt1/summary.json").write_text('{"status": "comp')
+    assert ablation("status").returncode == 0
+    assert ablation.statuses() == {"base/repeat1": "interrupted", "cap_1/repeat1": "completed"}
+    assert ablation("run").returncode == 0
+    assert steps_of(ablation.exp_dir / "legs/base/repeat1_attempt2") == list(range(1, 21))
+
+
 def test_a_checkpoint_that_is_refused_is_left_alone_and_the_run_begins_afresh(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path, {"base": {"end": "refuse to continue"}})
     queue = ablation.start("run", "--legs", "base")

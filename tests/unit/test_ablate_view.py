@@ -20,7 +20,7 @@ def shown(state: RunState) -> str:
 
 def planned() -> PlannedRun:
     tree = load_run(REPO_ROOT / "ds_configs" / "moe_tiny.json").resolved
-    return PlannedRun("capacity", 2, 7, tree)
+    return PlannedRun("capacity", 2, 7, 10, tree)
 
 
 def test_a_reason_with_brackets_is_shown_as_it_is() -> None:

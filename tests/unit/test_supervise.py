@@ -85,6 +85,17 @@ def test_a_rank_that_lost_another_tells_of_a_rank_that_ended_without_a_word(run_
     assert summary["ranks_reported"] is False
 
 
+@pytest.mark.parametrize(("lost", "killed"), [(2, False), (1, True)])
+def test_if_every_rank_lost_another_nobody_was_killed(run_dir: Path, refusal: Path, lost: int, killed: bool) -> None:
+    write_json(run_dir / "env.json", {"config_hash": "abc", "world_size": 8, "attempts": [{"world_size": 3}]})
+    lose_a_peer(run_dir)
+    for rank in range(1, lost + 1):
+        (run_dir / f"rank{rank}.lost").write_text("Traceback")
+    assert settle(run_dir, BEFORE, 7, refusal, stop_requests=0) == 4
+    assert (summary_of(run_dir).get("ranks_reported") is False) is killed
+    assert summary_of(run_dir)["reason"].startswith("a rank ended" if killed else "every rank lost another")
+
+
 def test_a_rank_that_lost_another_which_wrote_why_has_failed_of_that(run_dir: Path, refusal: Path) -> None:
     lose_a_peer(run_dir)
     (run_dir / "rank3.err").write_text("Traceback")
