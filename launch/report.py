@@ -23,7 +23,7 @@ from launch.report_parts import Cell, Column, Curve, Figure, HeatMap, Report, Ta
 from launch.results import RunResult
 from launch.run_dir import write_text
 from launch.suite import shown
-from launch.verdicts import Verdict, noise_of
+from launch.verdicts import Verdict, noise_floor
 
 FIGURES = (
     ("loss", "train/loss", "Training loss", "cross-entropy, nats per token"),
@@ -292,7 +292,7 @@ def noise_table(comparison: Comparison) -> Table:
         if comparison.baseline not in samples or any(has_no_ratio(metric, found) for found in samples.values()):
             rows.append([name, None, None, None])
             continue
-        noise = noise_of(metric, samples, comparison.baseline, comparison.baseline)
+        noise = noise_floor(metric, samples)
         scale = 100.0 if metric.is_ratio else 1.0
         rows.append(
             [

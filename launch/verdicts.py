@@ -93,6 +93,12 @@ def noise_of_bound(metric: Metric, legs: dict[str, list[Sample]], leg: str, base
     return no_less_than_within(noise, metric, legs[baseline])
 
 
+def noise_floor(metric: Metric, legs: dict[str, list[Sample]]) -> Noise | None:
+    """Noise of one run of any leg: what a report tells of the suite as a whole."""
+    pooled = pooled_noise([means_by_seed(metric, samples) for samples in legs.values()])
+    return no_less_than_within(pooled, metric, [sample for samples in legs.values() for sample in samples])
+
+
 def no_less_than_within(noise: Noise | None, metric: Metric, samples: list[Sample]) -> Noise | None:
     """The noise, or what the times of steps within these runs say if that is more."""
     errors = [each.error_within for each in samples if each.error_within is not None]

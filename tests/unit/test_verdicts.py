@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from launch.metrics import METRICS, Bound, parse_gate
-from launch.noise import half_width
-from launch.verdicts import Sample, compare, judge, means_by_seed, noise_of
+from launch.noise import Noise, half_width
+from launch.verdicts import Sample, compare, judge, means_by_seed, noise_floor, noise_of
 
 SPEED, BITS, MEMORY = METRICS["tail50_tok_per_sec"], METRICS["val/bpb"], METRICS["peak_mem_mib"]
 
@@ -119,6 +119,15 @@ def test_a_wild_leg_does_not_hide_among_steady_ones() -> None:
     assert among.sigma == pytest.approx(alone.sigma)  # type: ignore[union-attr]
     assert among.freedom == alone.freedom == 2  # type: ignore[union-attr]
     assert noise_of(SPEED, {**legs, **steady}, "steady0", "base").freedom == 10  # type: ignore[union-attr]
+
+
+def test_the_noise_floor_is_of_all_legs_though_the_baseline_is_a_wild_one() -> None:
+    legs = {"base": samples(100.0, 120.0), "a": samples(100.0, 101.0), "b": samples(100.0, 101.0)}
+    floor = noise_floor(SPEED, legs)
+    assert floor is not None
+    assert floor.freedom == 3
+    within = {name: samples(100.0, 100.0, error=0.07) for name in ("base", "a")}
+    assert noise_floor(SPEED, within) == Noise(pytest.approx(0.07), 2)
 
 
 def test_repeats_that_agree_by_chance_are_no_more_exact_than_their_steps() -> None:
