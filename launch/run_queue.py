@@ -32,9 +32,10 @@ from launch.experiment import (
     processes_of,
     processes_with_token,
     supervisor_of,
+    whole_summary,
 )
 from launch.run import TRAIN_SCRIPT, usable_cores
-from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, read_summary
+from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from launch.shared_memory import remove_unused_buffers
 from launch.suite import PlannedRun
 from launch.supervise import GRACE_SECONDS, KILLED_EARLY, STOPPED_EARLY, StopRequests, is_alive, runs_as_rank, send
@@ -156,11 +157,14 @@ class RunQueue:
         for folder in sorted(path for path in by_folder if path.is_relative_to(self.experiment.folder)):
             run = runs[f"{folder.parent.name}/{folder.name.partition('_')[0]}"]
             process = supervisor_of(folder, self.experiment.run_file(run))
+            try:
+                slot = int(process.environ().get(SLOT, "0")) if process is not None else 0
+            except psutil.NoSuchProcess:  # it has just ended
+                process = None
             if process is None:
                 self.say(f"{run.name}: ending what is left of {folder.name}, whose launch.run is gone")
                 end_processes(folder)
                 continue
-            slot = int(process.environ().get(SLOT, "0"))
             self.active.append(Attempt(run, folder, slot, has_checkpoint(folder), process, None))
             self.tried.add(run.name)
             self.note("run_adopted", self.active[-1])
@@ -177,9 +181,8 @@ class RunQueue:
         slot = min(set(range(self.slots)) - {attempt.slot for attempt in self.active})
         share = {} if self.alone else variables_of_slot(slot, self.slots)
         variables = {**os.environ, TOKEN: str(folder), SLOT: str(slot), **share}
-        busy = (
-            {"busy_percent": psutil.cpu_percent(BUSY_SECONDS)} if self.alone else {}
-        )  # by others: nothing of ours runs
+        # by other programs, since nothing of ours runs now
+        busy = {"busy_percent": psutil.cpu_percent(BUSY_SECONDS)} if self.alone else {}
         with open(folder.with_suffix(".txt"), "ab") as console:
             child = subprocess.Popen(
                 [*self.launcher, str(run_file), "--run_dir", str(folder)],
@@ -217,8 +220,7 @@ class RunQueue:
                 self.start_afresh.add(run.name)
                 self.tried.discard(run.name)
             return
-        began = read_summary(attempt.folder) is not None
-        if not began:
+        if whole_summary(attempt.folder) is None:
             reason = last_line(attempt.folder.with_suffix(".txt"))
             outside = any(why in reason for why in (STOPPED_EARLY, KILLED_EARLY))
             status = "failed" if code == EXIT_FAILED and not outside else "interrupted"
