@@ -16,10 +16,9 @@ from launch.loss_matched import Matched, curve_metric, match
 from launch.metrics import Gate, Metric, parse_gate
 from launch.noise import FEWEST_STEPS, interval_of_mean, relative_error_of_mean
 from launch.results import RunResult, read_run
+from launch.run_log import TAIL_STEPS
 from launch.run_queue import BUSY_PERCENT
 from launch.verdicts import Sample, Verdict, judge
-
-TAIL_STEPS = 50
 
 
 @dataclass(frozen=True)

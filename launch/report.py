@@ -22,16 +22,11 @@ from launch.report_markdown import to_markdown
 from launch.report_parts import Cell, Column, Curve, Figure, HeatMap, Report, Table
 from launch.results import RunResult
 from launch.run_dir import write_text
+from launch.run_tables import CURVES
 from launch.suite import shown
 from launch.verdicts import Verdict, noise_floor
 
-FIGURES = (
-    ("loss", "train/loss", "Training loss", "cross-entropy, nats per token"),
-    ("tok_per_sec", "train/tok_per_sec", "Throughput", "tokens per second, all ranks"),
-    ("mfu", "train/mfu", "Model FLOPs utilisation", "percent of the stated peak"),
-    ("dt_ms", "train/dt_ms", "Time of a step", "ms, mean since the line before"),
-    ("val_bpb", "val/bpb", "Validation", "bits per byte"),
-)
+FIGURES = {**CURVES, "val/bpb": ("val_bpb", "Validation", "bits per byte")}
 SPEED_FIGURES = ("tok_per_sec", "mfu", "dt_ms")
 
 
@@ -359,7 +354,7 @@ def runs_table(comparison: Comparison) -> Table:
 
 def figures_of(comparison: Comparison) -> list[Figure]:
     figures = []
-    for name, metric, title, y_label in FIGURES:
+    for metric, (name, title, y_label) in FIGURES.items():
         curves = []
         for entry in comparison.entries:
             if entry.result is None or (name in SPEED_FIGURES and not comparison.timed):

@@ -29,10 +29,10 @@ FIGURES_OF_MERIT = {  # name in summary.json: its column
     "val/bpb": Column("val/bpb", 4, "bits per byte at the last validation"),
 }
 CURVES = {  # metric: name of its figure, title, label
-    "train/loss": ("loss", "Training loss", "cross-entropy"),
+    "train/loss": ("loss", "Training loss", "cross-entropy, nats per token"),
     "train/tok_per_sec": ("tok_per_sec", "Throughput", "tokens per second, all ranks"),
-    "train/mfu": ("mfu", "Model FLOPs utilisation", "percent of peak"),
-    "train/dt_ms": ("dt_ms", "Time of a step", "ms"),
+    "train/mfu": ("mfu", "Model FLOPs utilisation", "percent of the stated peak"),
+    "train/dt_ms": ("dt_ms", "Time of a step", "ms, mean since the line before"),
 }
 
 

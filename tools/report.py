@@ -15,12 +15,10 @@ from pathlib import Path
 
 from launch.command_line import OneLineParser
 from launch.reference import read_reference
-from launch.report_parts import Cell, Column, Report, Table
+from launch.report_parts import Report, Table
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED
 from launch.run_tables import read_runs, runs_report, write_report
 from model.config import ConfigError, DataError
-
-NOT_MEASURED = "\N{EN DASH}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,20 +62,17 @@ def printed(report: Report) -> str:
 
 def lined_up(table: Table) -> str:
     heads = [column.name for column in table.columns]
-    cells = [[shown(column, cell) for column, cell in zip(table.columns, row, strict=True)] for row in table.rows]
+    cells = [
+        [column.shown(cell).replace("|", "\\|") for column, cell in zip(table.columns, row, strict=True)]
+        for row in table.rows
+    ]
     columns = []
-    for head, texts, values in zip(heads, zip(*cells, strict=True), zip(*table.rows, strict=True), strict=True):
-        numeric = any(isinstance(value, int | float) for value in values)
+    for index, (head, texts) in enumerate(zip(heads, zip(*cells, strict=True), strict=True)):
+        numeric = table.holds_numbers(index)
         width = max(len(head), *map(len, texts))
         rule = "-" * (width - 1) + (":" if numeric else "-")
         columns.append([text.rjust(width) if numeric else text.ljust(width) for text in (head, rule, *texts)])
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
-
-
-def shown(column: Column, cell: Cell) -> str:
-    if cell is None:
-        return NOT_MEASURED
-    return cell.replace("|", "\\|") if isinstance(cell, str) else f"{cell:,.{column.digits or 0}f}"
 
 
 if __name__ == "__main__":
