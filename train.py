@@ -56,6 +56,7 @@ from model.gpt import GPT
 from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
 from model.loss import refuse_cross_entropy
 from model.optim import assign, assignment_table, build_optimizer, set_lr
+from model.phases import reached
 from model.profile import Report, StepProfile, part
 from model.router import selection_bias_ME, update_selection_bias
 from model.schedule import lr_factor
@@ -314,6 +315,7 @@ class Trainer:
 
     def build_engine(self) -> None:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
+        reached("build")
         ep_size = self.topology.ep_size
         train = self.run.train
         model = GPT(
@@ -360,11 +362,14 @@ class Trainer:
         self.engine.train()
         self.timer.start()
         for _ in range(self.topology.accumulation_steps):
+            reached("forward")
             with part("data"):
                 batch = self.on_device(self.data.train.batches.micro_batch(self.samples))
             earlier = (stats.tokens_per_expert_ME,) if moe is not None and moe.aux_over_global_batch else ()
             loss, micro_stats = self.engine(*batch, *earlier)
+            reached("backward")
             self.engine.backward(loss)
+            reached("update")
             with part("optimizer"):
                 self.engine.step()
             stats.add(micro_stats)
@@ -506,6 +511,7 @@ class Trainer:
         sums = torch.zeros(len(self.data.val.batches), 2, dtype=torch.float64, device=self.engine.device)
         for nats_and_targets, batches in zip(sums, self.data.val.batches, strict=True):
             for batch in batches:
+                reached("validation")
                 _, stats = self.engine.module(*self.on_device(batch))
                 targets = stats.num_targets.double()
                 nats_and_targets += torch.stack([stats.cross_entropy.double() * targets, targets])
@@ -522,6 +528,7 @@ class Trainer:
         tokenizer = self.data.train.text_split.tokenizer
         if tokenizer is None or train.sample_tokens == 0:
             return
+        reached("sample")
         self.engine.eval()
         prompt = [self.data.train.text_split.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
         with torch.compiler.set_stance("force_eager"):  # every length of the context would be a graph of its own
