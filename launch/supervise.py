@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from launch.ancestors import is_alive
 from launch.environment import utc_now
 from launch.nodes import Elsewhere
 from launch.run_dir import (
@@ -91,13 +92,6 @@ class OwnedProcesses:
             for process in processes:
                 send(process, signal.SIGKILL)
             time.sleep(0.1)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def parent_and_session(process: psutil.Process) -> tuple[int, int]:
