@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from launch.run_log import RunLog
 
 DISK_FULL = "disk full: "  # how the reason begins; launch.run does not start such a run again
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+ATTEMPTS = 4
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
 
@@ -70,8 +72,11 @@ def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseExcept
 
 
 def finish(log: RunLog, status: Status, reason: str, figures: dict[str, Any]) -> None:
-    """Write the final summary, or say it where the disk does not take it."""
-    try:
-        log.finish(status, reason, figures)
-    except OSError as fault:
-        print(f"{status}: {reason}; summary.json may not say so: {fault}", file=sys.stderr, flush=True)
+    """Write the final summary. On a full disk there may soon be room: what was half saved is being removed."""
+    for attempt in range(ATTEMPTS):
+        try:
+            log.finish(status, reason, figures)
+            return
+        except OSError as fault:
+            print(f"{status}: {reason}; summary.json may not say so: {fault}", file=sys.stderr, flush=True)
+            time.sleep(attempt)

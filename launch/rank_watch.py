@@ -209,7 +209,8 @@ class RankWatch:
 
     def _ask(self, why: str, now: float) -> None:
         if self.asked is None and self.lost is None:
-            self.asked, self.asked_at = why, now
+            self._tell_of_stop(why)
+            self.asked_at, self.asked = now, why
 
     def _look_around(self, now: float) -> None:
         for name, launcher in self.launchers.items():
@@ -219,9 +220,8 @@ class RankWatch:
             self._ask("asked by launch.run", now)
         self._look_for_peers(now)
         if self.attempt is not None:
-            if self.asked is not None and not self.told_stop:
-                self._tell("stop", self.asked)
-                self.told_stop = True
+            if self.asked is not None:
+                self._tell_of_stop(self.asked)
             self._hear_messages(now)
 
         # Time in which this thread did not run either (SIGSTOP, a suspended machine) is nobody's hang.
@@ -249,6 +249,12 @@ class RankWatch:
         return found
 
     # --- between the ranks --------------------------------------------------------------------------------------------
+
+    def _tell_of_stop(self, why: str) -> None:
+        """Once, by the first rank that knows, as soon as there is somebody to tell."""
+        if self.attempt is not None and not self.told_stop:
+            self.told_stop = True
+            self._tell("stop", why)
 
     def _tell(self, what: str, why: str) -> None:
         """Tell the watches of all ranks, this one included."""
@@ -317,7 +323,8 @@ class RankWatch:
         if saved:
             self._end_run("stopped", f"{self.asked}, in {self.phase!r} of a step not yet taken")
             leave(EXIT_STOPPED)
-        self._end_run("failed", f"{self.asked}, and the checkpoint was not on disk {SAVE_SECONDS:g} s later")
+        reason = f"{self.asked}, and the checkpoint was not on disk {SAVE_SECONDS:g} s later"
+        self._end_run("failed", reason, {"asked_to_stop": True})
         leave(EXIT_FAILED)
 
     def _follow(self, why: str) -> None:
@@ -340,7 +347,7 @@ class RankWatch:
     def _end_killed(self, why: str) -> None:
         """At once, whatever the main thread is doing; if it had written how the run ended, that stays."""
         if self._take_end() and self.rank == 0 and self.attempt is not None:
-            self._end_run("failed", why)
+            self._end_run("failed", why, {"asked_to_stop": True})
         leave(self._final_code())
 
     def _end_hung(self, why: str) -> None:
