@@ -76,6 +76,8 @@ from model.schedule import lr_factor
 from model.splits import Data, open_data
 from model.stats import StepStats, StepTotals, bias_metrics
 
+SAVE_PATIENCE_S = 10.0  # after a fault, for a save that is being written; another rank may be gone, and never write
+
 
 class NotFinite(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
@@ -134,6 +136,8 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         return EXIT_CODES.get(status, EXIT_FAILED)
     except BaseException as error:  # of any kind: it is written down, and the run has failed
         watch.claim_end(fault=True)
+        if trainer is not None:
+            trainer.writer.finish_alone(SAVE_PATIENCE_S)  # what was copied before the fault is sound
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
         if status != "nan":  # which says all in its one line
             faults.record_fault(run_dir, start.rank, log, error)
