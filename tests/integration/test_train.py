@@ -185,15 +185,27 @@ def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path)
     assert summary(run_dir)["status"] == "nan"
     last_saved = (run_dir / "checkpoints" / "latest").read_text()
     assert f"last saved: {last_saved}" in summary(run_dir)["reason"]
+    assert last_saved == "step_00000001", "steps whose update is skipped do not push out what was saved before"
     assert all(value.isfinite().all() for value in weights(run_dir, int(last_saved.removeprefix("step_"))).values())
 
 
 def test_an_update_that_is_skipped_between_logged_steps_ends_the_run_at_once(tmp_path: Path) -> None:
     settings = ("optimizer.params.lr=1e30", "gradient_clipping=0", "run.train.log_every=9")
+    settings += ("run.train.max_skipped_steps=0",)
     done = train(1, tmp_path / "run", "--set", *settings)
     assert done.returncode == 4
     assert summary(tmp_path / "run")["status"] == "nan"
     assert summary(tmp_path / "run")["step"] == 2, "the first update is finite and enormous"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """An update so large that nothing showed before it: the step's own loss and gradients are finite."""
+    settings = ("optimizer.params.lr=1e39", "gradient_clipping=0", "run.train.save_every=1")
+    done = train(1, tmp_path / "run", "--set", *settings)
+    assert done.returncode == 4
+    assert summary(tmp_path / "run")["status"] == "nan"
+    assert "step 1 made weights that are not finite, and is not saved: " in summary(tmp_path / "run")["reason"]
+    assert not list((tmp_path / "run").glob("checkpoints/*1"))
 
 
 def test_a_dense_model_trains_and_reports_no_routing(tmp_path: Path) -> None:
