@@ -557,7 +557,7 @@ class Trainer:
             return
         self.save_due = False
         refuse_stale(self.engine.module)
-        refuse_not_finite_weights(self.engine.module, self.step)
+        refuse_not_finite_weights(self.engine.module, self.step, self.last_saved())
         state = TrainingState(**{**vars(self.state), "step": self.step, "samples": self.samples})
         save_checkpoint(self.engine, self.checkpoints, checkpoint_name(self.step), state, self.run.train.keep_last)
         self.saved_step = self.step

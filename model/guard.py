@@ -13,6 +13,10 @@ A spike is a mean cross-entropy above spike_factor times the median of the last 
 PaLM (arXiv 2204.02311, 5.1) went back and left out the batches around a spike; to skip the one step, decided on the
 device, is OLMo-core's way. Where the loss stays up the weights are to blame, not a batch: such steps count towards the
 same limit, and the run ends instead of taking them for the new normal.
+
+The limit counts steps in a row, since there is no loss scale here that would have to be found by trying: a bad batch or
+a flipped bit costs one step, and a model that has diverged every step. The default tells these apart, and the rare run
+that loses a step is no less an ablation's, for it says so.
 """
 
 from __future__ import annotations

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_expert_parallelism import convert
 from test_zero_and_memory import OFFLOAD, PARTITIONED, Case, build, micro_batch, start_engine, whole_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.run_config import REPO_ROOT
+from launch.run_config import REPO_ROOT, load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED
 from model.compiling import compile_blocks
 from model.config import ActivationCheckpointing, CompileMode
+from model.fp8_weights import refresh_fp8
 from model.gpt import GPT
 from model.guard import HISTORY, UpdateGuard
 from model.not_finite import locate
@@ -226,13 +228,42 @@ def test_a_layer_is_found_in_what_is_compiled_or_computed_twice(
     assert two_ranks.run(locate_a_poisoned_weight, compiled, recomputed) == [expected, expected]
 
 
+def locate_in_a_healthy_model(settings: list[str]) -> str:
+    """On every rank: what is said of two micro-steps in which nothing is wrong."""
+    import torch.distributed as dist
+
+    run = load_run(TINY, settings)
+    model = GPT(run.model, 2, dist.get_rank()).bfloat16()
+    for block in model.blocks:
+        block.mlp.set_deepspeed_parallelism()
+    convert(model, {} if run.fp8.enabled else None)
+    refresh_fp8(model)
+    found = locate(model, [micro_batch(0, 0), micro_batch(0, 1)])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["run.model.moe.capacity_factor=0", "run.model.moe.aux_loss_scope=global_batch"],
+        ["run.model.moe.expert_backend=loop", "run.model.moe.num_shared_experts=1"],
+        ["run.fp8.enabled=true", "bf16.enabled=true"],
+    ],
+    ids=str,
+)
+def test_nothing_is_found_where_nothing_is_wrong(two_ranks: RankPool, settings: list[str]) -> None:
+    answers = two_ranks.run(locate_in_a_healthy_model, settings)
+    assert answers == ["not reproduced: computed again, all losses and gradients are finite"] * 2
+
+
 def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is(two_ranks: RankPool, tmp_path: Path) -> None:
     run_dir, settings = tmp_path / "run", ("run.train.max_skipped_steps=0", "run.model.moe.aux_loss_scope=global_batch")
     assert train(two_ranks, run_dir, Fault("gradient", 1, range(3, 100)), *settings) == EXIT_FAILED
     assert summary(run_dir)["reason"] == (
         "no update in step 3: the losses are finite, but the gradients' norm is not (1 in a row, 0 allowed); "
-        "last saved: none; first in the backward pass: the gradient of blocks.1.attention.k_proj.weight (layer 1) on rank 1, "
-        "in micro-step 1 of 2"
+        "last saved: none; first in the backward pass: the gradient of blocks.1.attention.k_proj.weight (layer 1) "
+        "on rank 1, in micro-step 1 of 2"
     )
 
 
@@ -241,6 +272,34 @@ def test_a_fault_that_does_not_happen_again_is_said_to_be_one(two_ranks: RankPoo
     fault = Fault("layer", 0, range(2, 3))
     assert train(two_ranks, run_dir, fault, "run.train.max_skipped_steps=0") == EXIT_FAILED
     assert summary(run_dir)["reason"].endswith("not reproduced: computed again, all losses and gradients are finite")
+
+
+def train_with_a_weight_gone_bad(run_dir: Path) -> int:
+    """On every rank: after step 3, a weight of rank 1 is infinite, as no update made it."""
+    import torch.distributed as dist
+
+    import train
+
+    def train_step(trainer: Any) -> Any:
+        stats = whole_step(trainer)
+        if trainer.step == 3 and dist.get_rank() == 1:
+            trainer.engine.module.blocks[0].attention.v_proj.weight.data[0, 0] = torch.inf
+        return stats
+
+    whole_step, train.Trainer.train_step = train.Trainer.train_step, train_step  # type: ignore[method-assign]
+    try:
+        return train_on_this_rank(TINY, run_dir, ["run.train.save_every=1"])
+    finally:
+        train.Trainer.train_step = whole_step  # type: ignore[method-assign]
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(train_with_a_weight_gone_bad, tmp_path / "run") == [EXIT_FAILED] * 2
+    assert summary(tmp_path / "run")["status"] == "nan"
+    assert summary(tmp_path / "run")["reason"] == (
+        "not saved after step 3: not finite are blocks.0.attention.v_proj.weight on rank 1; last saved: step_00000002"
+    )
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 def test_a_run_that_is_resumed_after_a_skipped_step_continues_bit_for_bit(two_ranks: RankPool, tmp_path: Path) -> None:
