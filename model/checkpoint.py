@@ -262,7 +262,7 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     saving.replace(final)
     sync_folder(folder)
     reached("save: latest")
-    write_file(folder / LATEST, f"{name}\n".encode())
+    write_file(folder / LATEST, name.encode())
     if replaced.exists():
         shutil.rmtree(replaced)
 
