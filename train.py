@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ from launch.run_dir import (
     EXIT_REFUSED,
     Status,
     checkpoint_name,
+    latest_step,
     write_json,
     write_text,
 )
 from launch.run_log import RunLog, tail_figures
 from launch.zero_settings import offloads, zero_stage
 from model.attention import attention_backend
-from model.checkpoint import TrainingState, check_checkpoint, load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointWriter, choose_checkpoint, load_checkpoint
 from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
@@ -55,7 +57,9 @@ from model.fp8_weights import refresh_fp8, refuse_stale
 from model.gpt import GPT
 from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
 from model.loss import refuse_cross_entropy
+from model.manifest import Manifest, TrainingState
 from model.optim import assign, assignment_table, build_optimizer, set_lr
+from model.partition import TrainingPartition
 from model.phases import reached
 from model.profile import Report, StepProfile, part
 from model.router import selection_bias_ME, update_selection_bias
@@ -80,7 +84,8 @@ def main(start: Start) -> int:
     try:
         prepare_builtin_data(run, start.local_rank)
         set_up_process(start)
-        data, state = open_on_all_ranks(start)
+        data = open_on_all_ranks(start)
+        beginning = begin_with(start, data)
     except (ConfigError, DataError, CheckpointError) as error:
         say_refusal(error, start.rank, start.args)
         return EXIT_REFUSED
@@ -91,14 +96,14 @@ def main(start: Start) -> int:
         log = RunLog(
             run_dir,
             run,
-            resumed_step=state.step,
+            resumed_step=beginning.state.step,
             total_steps=run.num_steps,
             enabled=start.rank == 0,
             environment=environment,
         )
         gpus = gpus_of_this_machine(environment["ranks"]) if start.rank == 0 else []  # the others record nothing
         gpu_monitor = GpuMonitor(gpus, log.say)
-        trainer = Trainer(start, log, data, state, stop, gpu_monitor)
+        trainer = Trainer(start, log, data, beginning, stop, gpu_monitor)
         status, reason = trainer.run_to_end()
         log.finish(status, reason, trainer.figures())
         return EXIT_CODES.get(status, EXIT_FAILED)
@@ -159,14 +164,14 @@ def set_up_process(start: Start) -> None:
     deepspeed.init_distributed()
 
 
-def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
-    """This rank's data, and the state to begin with.
+def open_on_all_ranks(start: Start) -> Data:
+    """This rank's data.
 
     Raises the same error on every rank if any of them is refused its files, or if the ranks do not see the same ones.
     """
     run, refusal = start.run, None
     facts: dict[str, object] = {"run file": run.config_hash, "ep_size": start.topology.ep_size}
-    facts["checkpoint"] = (start.beginning.action, start.beginning.step)
+    facts["checkpoint"] = (start.beginning.action, start.beginning.steps)
     try:
         refuse_unshared_folder(start)
         refuse_cross_entropy(run.train.cross_entropy, on_gpu())
@@ -180,10 +185,9 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
             rank=start.rank,
             world_size=start.topology.ranks,
         )
-        state = state_to_begin_with(start, data)
         facts["training data"] = data.train.fingerprint
         facts["validation data"] = data.fingerprints()["val"]
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError) as error:
         refusal = error
 
     told: list[Any] = [None] * start.topology.ranks
@@ -195,7 +199,7 @@ def open_on_all_ranks(start: Start) -> tuple[Data, TrainingState]:
         found = sorted({str(theirs[name]) for _, theirs in told})
         if len(found) > 1:
             raise ConfigError(f"{name}: the ranks see different ones ({', '.join(found)}). Let them share their files.")
-    return data, state
+    return data
 
 
 def refuse_unshared_folder(start: Start) -> None:
@@ -207,19 +211,42 @@ def refuse_unshared_folder(start: Start) -> None:
         )
 
 
-def state_to_begin_with(start: Start, data: Data) -> TrainingState:
-    """Step 0 under this topology, or what the checkpoint to continue says, once it is known to belong here."""
-    state = TrainingState(
+@dataclass(frozen=True)
+class BeginWith:
+    """The state that an attempt begins with, and the checkpoint that it comes from, if it continues one."""
+
+    state: TrainingState
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+    notes: tuple[str, ...] = ()  # on checkpoints that were passed over
+
+
+def begin_with(start: Start, data: Data) -> BeginWith:
+    """Step 0 under this topology, or the first checkpoint that is whole. All ranks call this."""
+    here = TrainingState(
         step=0,
         samples=0,
         world_size=start.topology.ranks,
         ep_size=start.topology.ep_size,
         zero_stage=zero_stage(start.run.deepspeed),
+        config_hash=start.run.config_hash,
         data_fingerprint=data.train.fingerprint,
     )
     if start.beginning.action == "fresh":
-        return state
-    return check_checkpoint(start.args.run_dir / "checkpoints" / checkpoint_name(start.beginning.step), state)
+        return BeginWith(here)
+    folder = start.args.run_dir / "checkpoints"
+    name, manifest, notes = choose_checkpoint(folder, [checkpoint_name(step) for step in start.beginning.steps], here)
+    saved = manifest.state
+    latest = latest_step(start.args.run_dir)
+    if start.args.resume == "auto" and latest != saved.step:
+        named = "nothing" if latest is None else checkpoint_name(latest)
+        notes.append(f"{folder / 'latest'} names {named}; the newest checkpoint that is whole is {name}")
+    for key in ("world_size", "ep_size", "zero_stage"):
+        before, now = getattr(saved, key), getattr(here, key)
+        if before != now:
+            notes.append(f"{name} was saved with {key}={before}; this run has {now}")
+    state = here.model_copy(update={"step": saved.step, "samples": saved.samples, "guard": saved.guard})
+    return BeginWith(state, folder / name, manifest, tuple(notes))
 
 
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
@@ -253,16 +280,17 @@ class Trainer:
         start: Start,
         log: RunLog,
         data: Data,
-        state: TrainingState,
+        beginning: BeginWith,
         stop: StopRequest,
         gpu_monitor: GpuMonitor,
     ) -> None:
         self.run, self.topology, self.log, self.data, self.stop = start.run, start.topology, log, data, stop
         self.gpu_monitor, self.compiles = gpu_monitor, CompileWatch()
         self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
-        self.resume_from = checkpoint_name(state.step) if start.beginning.action == "resume" else None
-        self.state, self.step, self.samples = state, state.step, state.samples
-        self.saved_step = state.step if start.beginning.action == "resume" else None
+        self.beginning, self.state = beginning, beginning.state
+        self.step, self.samples = self.state.step, self.state.samples
+        self.saved_step = self.step if beginning.checkpoint is not None else None
+        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last, log.say)
         self.began = time.monotonic()
         self.fp8_matrices: dict[str, int] | None = None
         self.latest: dict[str, float] = {}  # the newest value of every metric
@@ -280,6 +308,7 @@ class Trainer:
         self.profile = self.plan_profile(last - self.step)
         self.timer = StepTimer(self.engine.device, self.profile.steps)
         self.gpu_monitor.start()
+        self.save()  # of a fresh run: proof that a checkpoint has room, and the state if a stop comes while compiling
         if self.step == 0:
             self.record(self.validate())
 
@@ -293,6 +322,8 @@ class Trainer:
             elif self.is_due(train.expert_load_every):
                 self.routing_metrics(stats.reduce())
             if self.is_due(train.eval_every):
+                if self.run.compile.mode != "none" and "val/loss" not in self.latest:
+                    self.save()  # validation is about to be compiled
                 metrics |= self.validate()
             self.record(metrics)
             if saving:
@@ -305,6 +336,7 @@ class Trainer:
             self.log.say("no profile: the run stops before its steps are done")
 
         self.save()
+        self.writer.wait()
         if self.step == run.num_steps:
             if not self.is_due(train.eval_every) or "val/loss" not in self.latest:  # resumed at the end
                 self.record(self.validate())
@@ -339,9 +371,17 @@ class Trainer:
         flagged = {name for name, parameter in model.named_parameters() if getattr(parameter, "use_muon", False)}
         assert flagged == {row.name for row in assignments if row.optimizer == "muon"}
         assert self.engine.gradient_accumulation_steps() == self.topology.accumulation_steps
-        if self.resume_from is not None:
-            load_checkpoint(self.engine, self.checkpoints, self.resume_from)
+        if self.beginning.checkpoint is not None:
+            self.load()
         refresh_fp8(self.engine.module)
+
+    def load(self) -> None:
+        """Load the checkpoint that this attempt continues."""
+        beginning, engine = self.beginning, self.engine
+        assert beginning.checkpoint is not None
+        assert beginning.manifest is not None
+        load_checkpoint(TrainingPartition(engine, self.topology.ep_size), beginning.checkpoint, beginning.manifest)
+        engine.global_steps, engine.global_samples = self.step, self.samples
 
     def apply_fp8(self, model: GPT) -> None:
         """Convert what run.fp8 asks for; the engine must see the final modules."""
@@ -461,6 +501,7 @@ class Trainer:
             "train/peak_mem_mib": self.peak_memory_mib,
             "time/total_s": time.monotonic() - self.began,
         }
+        metrics["time/save_stall_s"] = self.writer.stall_s
         if self.compiles.graphs:
             metrics["time/compile_s"] = self.compiles.seconds
         return metrics | self.speed(self.timer.since_last_call()) | self.gpu_monitor.since_last_call()
@@ -540,8 +581,9 @@ class Trainer:
         if self.saved_step == self.step:
             return
         refuse_stale(self.engine.module)
-        state = TrainingState(**{**vars(self.state), "step": self.step, "samples": self.samples})
-        save_checkpoint(self.engine, self.checkpoints, checkpoint_name(self.step), state, self.run.train.keep_last)
+        state = self.state.model_copy(update={"step": self.step, "samples": self.samples})
+        partition = TrainingPartition(self.engine, self.topology.ep_size)
+        self.writer.save(partition, checkpoint_name(self.step), state)
         self.saved_step = self.step
 
     def record(self, metrics: dict[str, float]) -> None:
@@ -563,7 +605,7 @@ class Trainer:
 
     def last_saved(self) -> str:
         latest = self.checkpoints / "latest"
-        return latest.read_text() if latest.exists() else "none"
+        return latest.read_text().strip() if latest.exists() else "none"
 
     def describe(self) -> None:
         """Say once what is about to run."""
@@ -589,8 +631,10 @@ class Trainer:
             self.log.say("this processor has no bf16 instructions: fp32 (--set bf16.enabled=false) is far faster")
         backend = attention_backend(run.model, self.engine.module.lm_head.weight.dtype, self.engine.device)
         self.log.say(f"attention: {backend}, as torch chooses; cross-entropy: {run.train.cross_entropy}")
-        if self.resume_from is not None:
-            self.log.say(f"continued from {self.resume_from}")
+        for note in self.beginning.notes:
+            self.log.say(note)
+        if self.beginning.checkpoint is not None:
+            self.log.say(f"continued from {self.beginning.checkpoint.name}")
 
     def figures(self, timed: bool = True) -> dict[str, Any]:
         """What summary.json keeps besides status and times; None is left out. Not timed after a fault of the device."""
@@ -609,6 +653,8 @@ class Trainer:
             "peak_mem_mib": self.peak_memory_mib or None,
             "time/compile_s": self.compiles.seconds if self.compiles.graphs else None,  # the last validation included
             "compiled_graphs": len(self.compiles.graphs),
+            "time/save_stall_s": self.writer.stall_s,
+            "time/last_save_s": self.writer.last_save_s or None,
             "recompiles": self.compiles.recompiles,
             "fp8_matrices": self.fp8_matrices,
             **self.gpu_monitor.figures(),

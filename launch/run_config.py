@@ -266,29 +266,33 @@ def horizon(section: RunSection, train_batch_size: int) -> int:
 
 # Settings that say where and under whose eyes a run happens, when it pauses, what is recorded of it, or how it trades
 # time for memory without another result, but for rounding, which moves with the number of ranks too: a run may be
-# continued with others. (Not with another expert_backend: ZeRO's flat buffers would hold the experts in another order.)
+# continued with others.
 NOT_IN_HASH = (
-    ("compile",),
-    ("launch",),
-    ("wandb",),
-    ("train", "stop_at_step"),
-    ("train", "save_every"),
-    ("train", "keep_last"),
-    ("train", "activation_checkpointing"),
-    ("train", "profile_steps"),
-    ("train", "expert_load_every"),
-    ("train", "cross_entropy"),
+    "zero_optimization",
+    "run.compile",
+    "run.launch",
+    "run.wandb",
+    "run.model.moe.expert_backend",
+    "run.train.stop_at_step",
+    "run.train.save_every",
+    "run.train.keep_last",
+    "run.train.activation_checkpointing",
+    "run.train.profile_steps",
+    "run.train.expert_load_every",
+    "run.train.cross_entropy",
 )
 
 
 def hash_of(resolved: dict[str, Any]) -> str:
     """Hash of the resolved file without NOT_IN_HASH: equal hashes may continue each other's run folder."""
     tree = copy.deepcopy(resolved)
-    for *parents, name in NOT_IN_HASH:
-        section = tree["run"]
+    for path in NOT_IN_HASH:
+        *parents, name = path.split(".")
+        section: Any = tree
         for parent in parents:
-            section = section[parent]
-        section.pop(name, None)
+            section = (section or {}).get(parent)
+        if section is not None:
+            section.pop(name, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

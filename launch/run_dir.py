@@ -26,6 +26,7 @@ class Beginning:
 
     action: Literal["fresh", "resume", "completed"]
     step: int  # the checkpoint to continue from; 0 when fresh
+    steps: tuple[int, ...] = ()  # that one, and those to fall back to if it is damaged, in this order
 
 
 def decide_beginning(run_dir: Path, config_hash: str, resume: str) -> Beginning:
@@ -61,12 +62,17 @@ def decide_beginning(run_dir: Path, config_hash: str, resume: str) -> Beginning:
             raise ConfigError(
                 f"--resume {resume}: no such checkpoint in {run_dir} (saved steps: {saved}). Use one of them, or auto."
             )
-        return Beginning("resume", int(resume))
+        return Beginning("resume", int(resume), (int(resume),))
     summary = read_summary(run_dir)
     if summary is not None and summary.get("status") == "completed":
         return Beginning("completed", int(summary.get("step", 0)))
-    latest = latest_step(run_dir)
-    return Beginning("fresh", 0) if latest is None else Beginning("resume", latest)
+    steps = steps_to_resume(run_dir)
+    if not steps and (run_dir / "checkpoints" / "latest").exists():
+        raise ConfigError(
+            f"{run_dir / 'checkpoints'}: `latest` is there, and no checkpoint. Restore one, or remove `latest` to "
+            "begin afresh."
+        )
+    return Beginning("resume", steps[0], steps) if steps else Beginning("fresh", 0)
 
 
 def checkpoint_name(step: int) -> str:
@@ -80,18 +86,27 @@ def saved_steps(run_dir: Path) -> list[int]:
     return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
 
 
+def steps_to_resume(run_dir: Path) -> tuple[int, ...]:
+    """The steps to try, the preferred one first: what `latest` names, then older ones, then those of later steps.
+
+    The latter come last because they are of a branch that was abandoned with --resume STEP. Without `latest`, or if it
+    names nothing, the newest is the preferred one. A checkpoint that is there but damaged is found by who loads it.
+    """
+    saved, latest = saved_steps(run_dir), latest_step(run_dir)
+    if latest is None:
+        return tuple(reversed(saved))
+    older, later = [step for step in saved if step < latest], [step for step in saved if step > latest]
+    return (latest, *reversed(older), *reversed(later))
+
+
 def latest_step(run_dir: Path) -> int | None:
-    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None without one."""
-    latest = run_dir / "checkpoints" / "latest"
-    if not latest.is_file():
+    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none."""
+    try:
+        name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
         return None
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not name.removeprefix("step_").isdecimal():
-        saved = ", ".join(str(step) for step in saved_steps(run_dir)) or "none"
-        raise ConfigError(
-            f"{latest}: names {name!r}, not a step (saved steps: {saved}). Use --resume with one of them."
-        )
-    return int(name.removeprefix("step_"))
+    number = name.removeprefix("step_")
+    return int(number) if name.startswith("step_") and number.isdecimal() and number.isascii() else None
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

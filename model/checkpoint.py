@@ -1,106 +1,420 @@
-"""Save and load a training state through the DeepSpeed engine, so that a resumed run continues bit for bit.
+"""Save a training state so that nothing short of a broken disk loses it, and load it into any topology.
 
-checkpoints/step_00000100/   DeepSpeed's files, and moelab.json, written last: without it the folder is incomplete
-checkpoints/latest           names the newest whole one; replaced after it is whole
+    copy      all ranks copy what they own to the host; training goes on
+    write     each rank writes and hashes its file in a thread, in saving_step_00000100/
+    publish   when all have, rank 0 writes manifest.json, makes all of it durable, and renames the folder;
+              then `latest` names it; then older checkpoints than the last keep_last are removed
+
+A save that is cut short at any point leaves `latest` and what it names as they were. A load checks every byte against
+the manifest, reads numbers only, and lets every rank read what it needs, whatever ranks have written it.
 """
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.config import CheckpointError
-from model.data import write_durably
+from model.manifest import (
+    LATEST,
+    MANIFEST,
+    DamagedCheckpoint,
+    Manifest,
+    Piece,
+    RankFacts,
+    Stored,
+    TensorFacts,
+    TrainingState,
+    joined,
+    read_manifest,
+    sync_folder,
+    verify_file,
+    write_file,
+    write_manifest,
+)
+from model.partition import MUON_MOMENT, Span, TrainingPartition
+from model.phases import reached
+from model.tensor_files import DTYPE_NAMES, DTYPES, open_tensors, write_tensors
 
-DESCRIPTION = "moelab.json"
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a checkpoint says of itself. Besides weights and optimizer, `samples` is all that a run must remember."""
-
-    step: int  # optimizer steps done
-    samples: int  # sequences consumed by all ranks: the position in the data order
-    world_size: int
-    ep_size: int
-    zero_stage: int
-    data_fingerprint: str
-
-
-def save_checkpoint(engine: Any, folder: Path, name: str, state: TrainingState, keep_last: int) -> None:
-    """Save under folder/name, point `latest` at it, and keep the newest keep_last. All ranks call this.
-
-    The folder gets its name when it is whole, so that a save that is cut short harms neither `latest` nor a checkpoint
-    of the same name. Checkpoints of later steps (left by a branch that was abandoned) are not touched.
-    """
-    rank, unfinished = dist.get_rank(), f"saving_{name}"
-    if rank == 0:
-        for remains in folder.glob("saving_*"):
-            shutil.rmtree(remains)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=unfinished, save_latest=False)
-    dist.barrier()
-    if rank == 0:
-        write_durably(folder / unfinished / DESCRIPTION, (json.dumps(asdict(state), indent=2) + "\n").encode())
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-        (folder / unfinished).replace(folder / name)
-        write_durably(folder / "latest", name.encode())
-        for old in [whole for whole in whole_checkpoints(folder) if whole <= name][:-keep_last]:
-            shutil.rmtree(folder / old)
-    dist.barrier()
+BUFFER = "buffer"
+SAVING, REPLACED = "saving_", "replaced_"  # before a folder's name: being written, and making room for its successor
+POLL_SECONDS = 0.02
 
 
-def check_checkpoint(checkpoint: Path, expected: TrainingState) -> TrainingState:
-    """Read what a checkpoint says of itself and refuse it unless this run can continue it. Loads nothing.
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Saves one checkpoint at a time, in the background where the hosts have memory for the copy.
 
     Args:
-        expected: the running topology, ZeRO stage and data; its step and samples are not compared.
-
-    Raises CheckpointError if the checkpoint is incomplete or was saved under another topology: DeepSpeed would load
-    another expert placement without an error and continue with the wrong expert weights (deepspeed 0.19.8).
+        folder: checkpoints/ of the run folder, which all ranks see.
+        keep_last: how many of the newest stay. Those of later steps, of a branch that was abandoned, are not counted.
+        say: for what a person should know, in one line.
     """
-    state = read_description(checkpoint)
-    for key, rule in (
-        ("world_size", "Resume with as many ranks"),
-        ("ep_size", "Resume with --set run.launch.ep_size="),
-        ("zero_stage", "Resume with --set zero_optimization.stage="),
+
+    def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]) -> None:
+        self.folder, self.keep_last, self.say = folder, keep_last, say
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.name: str | None = None  # what is being saved
+        self.written, self.published = threading.Event(), threading.Event()
+        self.error: BaseException | None = None
+        self.stall_s = 0.0  # that training has waited for saves, in all
+        self.last_save_s = 0.0  # from the request until `latest` named it, of the last one
+
+    def save(self, partition: TrainingPartition, name: str, state: TrainingState) -> None:
+        """Save under folder/name. All ranks call this; it returns when the state may change again.
+
+        Raises what went wrong with the last save or this one, the same on all ranks, OSError for a full disk.
+        """
+        began = time.monotonic()
+        self.wait()
+        reached("save: copy")
+        spans, buffers = list(partition.spans()), partition.buffers() if self.rank == 0 else {}
+        background = self._prepare(name, spans)
+        tensors, facts = tensors_of(spans, buffers, copy=background)
+        self.name, self.error = name, None
+        self.written.clear()
+        self.published.clear()
+        steps = sorted(partition.optimizer_steps())
+        thread = threading.Thread(
+            target=self._write, args=(name, state, tensors, facts, steps, began), name="checkpoint", daemon=True
+        )
+        del spans, tensors
+        thread.start()
+        if not background:
+            self.wait()
+        self.stall_s += time.monotonic() - began
+
+    def wait(self) -> None:
+        """Until the last save is durable. All ranks call this, and all raise if it failed on one."""
+        if self.name is None:
+            return
+        saving, self.name = self.folder / f"{SAVING}{self.name}", None
+        self.written.wait()
+        try:
+            raise_on_all_ranks(self.error)
+            if self.rank == 0:
+                self.published.wait()
+            raise_on_all_ranks(self.error)
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(saving, ignore_errors=True)
+            raise
+
+    def finish_alone(self, timeout_s: float) -> bool:
+        """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
+
+        Returns whether it is done, and without an error.
+        """
+        event = self.published if self.rank == 0 else self.written
+        return self.name is None or (event.wait(timeout_s) and self.error is None)
+
+    def _prepare(self, name: str, spans: list[Span]) -> bool:
+        """Make room and the folder; whether the hosts have memory for copies. All ranks call this."""
+        error, size = None, sum(bytes_of(span) for span in spans)
+        facts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(facts, (socket.gethostname(), size, available_memory()))
+        if self.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                clear_leftovers(self.folder)
+                refuse_full_disk(self.folder, sum(size for _, size, _ in facts))
+                (self.folder / f"{SAVING}{name}").mkdir()
+            except OSError as failure:
+                error = failure
+        raise_on_all_ranks(error)
+        for host in {host for host, *_ in facts}:
+            needed = sum(size for other, size, _ in facts if other == host)
+            available = min(memory for other, _, memory in facts if other == host)
+            if 2 * needed > available:
+                return False
+        return True
+
+    def _write(
+        self,
+        name: str,
+        state: TrainingState,
+        tensors: dict[str, Tensor],
+        facts: dict[str, TensorFacts],
+        optimizer_steps: list[float],
+        began: float,
+    ) -> None:
+        """The thread of one save."""
+        saving = self.folder / f"{SAVING}{name}"
+        try:
+            reached("save: write")
+            file = f"rank_{self.rank:05d}.safetensors"
+            size, sha256 = write_tensors(saving / file, tensors)
+            tensors.clear()
+            own = RankFacts(file=file, bytes=size, sha256=sha256, tensors=facts, optimizer_steps=optimizer_steps)
+            write_file(saving / f"rank_{self.rank:05d}.json", own.model_dump_json().encode())
+            self.written.set()
+            if self.rank == 0:
+                self._publish(saving, name, state)
+                self.last_save_s = time.monotonic() - began
+        except BaseException as error:  # of any kind: `wait` raises it
+            self.error = error
+        finally:
+            self.written.set()
+            self.published.set()
+
+    def _publish(self, saving: Path, name: str, state: TrainingState) -> None:
+        """On rank 0: wait for all ranks' files, and make the folder a checkpoint. A peer that fails never writes its
+        description: `wait` learns of it, and this thread waits on without harm until the process ends."""
+        told = [saving / f"rank_{rank:05d}.json" for rank in range(self.ranks)]
+        while not all(path.exists() for path in told):
+            if not saving.exists():
+                return
+            time.sleep(POLL_SECONDS)
+        reached("save: manifest")
+        ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]
+        write_manifest(saving, joined(ranks, state, datetime.now(UTC).isoformat(timespec="seconds")))
+        for path in told:
+            path.unlink()
+        sync_folder(saving)
+        publish(self.folder, saving, name)
+        reached("save: retention")
+        remove_old(self.folder, name, self.keep_last)
+
+
+def tensors_of(
+    spans: list[Span], buffers: dict[str, Tensor], copy: bool
+) -> tuple[dict[str, Tensor], dict[str, TensorFacts]]:
+    """What this rank saves: CPU tensors by their key in the file, and where they belong.
+
+    Unless copied, a tensor on the CPU is the engine's own, and must not change until it is written.
+    """
+    file = f"rank_{dist.get_rank():05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, kind: str, shape: list[int], start: int, values: Tensor) -> None:
+        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values.cpu()
+        kinds = facts.setdefault(name, {"shape": shape, "kinds": {}})["kinds"]
+        stored = kinds.setdefault(kind, {"dtype": DTYPE_NAMES[values.dtype], "pieces": []})
+        stored["pieces"].append(Piece(file=file, start=start, numel=values.numel()))
+
+    for span in spans:
+        values = span.values[span.owned]
+        if values.numel():
+            add(span.name, span.kind, list(span.shape), span.start + span.owned.start, values)
+    for name, buffer in buffers.items():
+        add(name, BUFFER, list(buffer.shape), 0, buffer.reshape(-1))
+    return tensors, {
+        name: TensorFacts(shape=fact["shape"], kinds={kind: Stored(**kinds) for kind, kinds in fact["kinds"].items()})
+        for name, fact in facts.items()
+    }
+
+
+def host_copy(values: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu").copy_(values)
+
+
+def bytes_of(span: Span) -> int:
+    return (span.owned.stop - span.owned.start) * span.values.element_size()
+
+
+def key_of(name: str, kind: str, start: int) -> str:
+    return f"{name}:{kind}:{start}"
+
+
+def publish(folder: Path, saving: Path, name: str) -> None:
+    """Give the durable folder `saving` its name, in place of a checkpoint of that name, and let `latest` name it."""
+    reached("save: rename")
+    final, replaced = folder / name, folder / f"{REPLACED}{name}"
+    if final.exists():
+        final.replace(replaced)
+    saving.replace(final)
+    sync_folder(folder)
+    reached("save: latest")
+    write_file(folder / LATEST, f"{name}\n".encode())
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a save that was cut short has left; a checkpoint that was to be replaced, and was not, stays."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        final = folder / replaced.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.replace(final)
+    for remains in folder.glob(f"{SAVING}*"):
+        shutil.rmtree(remains)
+
+
+def remove_old(folder: Path, newest: str, keep_last: int) -> None:
+    """Keep the last keep_last checkpoints up to `newest`. A folder loses its manifest first: it is never half there."""
+    whole = sorted(path.parent.name for path in folder.glob(f"step_*/{MANIFEST}"))
+    for name in [name for name in whole if name <= newest][:-keep_last]:
+        (folder / name).replace(folder / f"{SAVING}{name}")
+        shutil.rmtree(folder / f"{SAVING}{name}")
+
+
+def refuse_full_disk(folder: Path, size: int) -> None:
+    """Raise OSError (ENOSPC) before anything is written if `size` bytes have no room."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        why = f"a checkpoint of {size / 2**30:.2f} GiB does not fit into {free / 2**30:.2f} GiB"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {why}", str(folder))
+
+
+def raise_on_all_ranks(error: BaseException | None) -> None:
+    """Raise the error of the first rank that has one, on every rank. All ranks call this."""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for first in errors:
+        if first is not None:
+            raise first
+
+
+def available_memory() -> float:
+    """Bytes of memory that this host could still give, within the limit of this container if there is one."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = 1024.0 * int(line.split()[1])
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip() != "max":
+        available = min(available, float(limit.read_text()) - float(used.read_text()))
+    return available
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def choose_checkpoint(folder: Path, names: list[str], expected: TrainingState) -> tuple[str, Manifest, list[str]]:
+    """The first of `names` that is whole, its manifest, and a line for each that is not. All ranks call this.
+
+    Every file is read once, by one of the ranks, and compared with its hash.
+
+    Args:
+        names: checkpoints in the order of preference.
+        expected: this run's data and configuration; the topology may differ.
+
+    Raises CheckpointError, the same on all ranks, if none is whole, or the first that is belongs to other data.
+    """
+    damaged: list[str] = []
+    if dist.get_rank() == 0:
+        clear_leftovers(folder)  # which may be a checkpoint that was about to be replaced
+    dist.barrier()
+    for name in names:
+        error, manifest = None, None
+        try:
+            manifest = read_manifest(folder / name)
+            refuse_foreign(folder / name, manifest, expected)
+            for i, (file, facts) in enumerate(sorted(manifest.files.items())):
+                if i % dist.get_world_size() == dist.get_rank():
+                    verify_file(folder / name, file, facts)
+        except CheckpointError as failure:
+            error = failure
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        first = next((each for each in errors if each is not None), None)
+        if first is None:
+            assert manifest is not None
+            return name, manifest, damaged
+        if not isinstance(first, DamagedCheckpoint):
+            raise first
+        damaged.append(str(first))
+    if len(damaged) == 1:
+        raise DamagedCheckpoint(damaged[0])
+    raise DamagedCheckpoint(
+        f"{folder}: no checkpoint is whole. {' '.join(damaged)} Restore one, or use another --run_dir to begin afresh."
+    )
+
+
+def refuse_foreign(checkpoint: Path, manifest: Manifest, expected: TrainingState) -> None:
+    """Raise CheckpointError if a checkpoint was saved by a run with other data or another configuration."""
+    for key, way_out in (
         ("data_fingerprint", "Restore the token files it was trained on"),
+        ("config_hash", "It belongs to another run: use its own --run_dir"),
     ):
-        saved, running = getattr(state, key), getattr(expected, key)
+        saved, running = getattr(manifest.state, key), getattr(expected, key)
         if saved != running:
-            way_out = f"{rule}{saved}" if rule.endswith("=") else rule
             raise CheckpointError(
                 f"{checkpoint}: was saved with {key}={saved}, this run has {key}={running}. {way_out}."
             )
-    return state
 
 
-def load_checkpoint(engine: Any, folder: Path, name: str) -> None:
-    """Load folder/name, which check_checkpoint accepted, into the engine. All ranks call this."""
-    loaded, _ = engine.load_checkpoint(str(folder), tag=name)
-    if loaded is None:
-        raise CheckpointError(f"{folder / name}: DeepSpeed found nothing to load. Use another --resume step.")
+def load_checkpoint(partition: TrainingPartition, checkpoint: Path, manifest: Manifest) -> None:
+    """Load a verified checkpoint into the engine, whatever topology saved it. All ranks call this.
+
+    Raises CheckpointError if its tensors are not those of the model.
+    """
+    reached("load")
+    refuse_other_tensors(partition, checkpoint, manifest)
+    kinds = {name: set(tensor.kinds) for name, tensor in manifest.tensors.items()}
+    muon = {tensor.kinds[MUON_MOMENT].dtype for tensor in manifest.tensors.values() if MUON_MOMENT in tensor.kinds}
+    partition.make_moments(kinds, DTYPES[muon.pop()] if muon else None, manifest.optimizer_steps)
+    with Reader(checkpoint, manifest) as reader, partition.only_parts(), torch.no_grad():
+        for span in (*partition.spans(), *partition.model_weights()):
+            reader.read(span.name, span.kind, span.start, span.values)
+        for name, buffer in partition.buffers().items():
+            reader.read(name, BUFFER, 0, buffer.view(-1))
 
 
-def read_description(checkpoint: Path) -> TrainingState:
-    """The state that a checkpoint folder describes; raises CheckpointError if it is missing or incomplete."""
-    try:
-        content = json.loads((checkpoint / DESCRIPTION).read_text(encoding="utf-8"))
-        return TrainingState(**{field.name: content[field.name] for field in fields(TrainingState)})
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint}: has no {DESCRIPTION}, so its save was cut short. Resume from another step."
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / DESCRIPTION}: is damaged ({error}). Resume from another step.") from None
+def refuse_other_tensors(partition: TrainingPartition, checkpoint: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless the checkpoint has the model's tensors, in its shapes, and no other."""
+    model = {place.name: list(place.shape) for place in partition.places.values()}
+    model |= {name: list(buffer.shape) for name, buffer in partition.buffers().items()}
+    for name in sorted(model.keys() | manifest.tensors.keys()):
+        saved = manifest.tensors[name].shape if name in manifest.tensors else None
+        if saved != model.get(name):
+            raise CheckpointError(
+                f"{checkpoint}: {name} has the shape {saved} there and {model.get(name)} in this model. "
+                "Resume with the run file that it was saved with."
+            )
 
 
-def whole_checkpoints(folder: Path) -> list[str]:
-    """Names of the complete checkpoints, oldest first."""
-    return sorted(path.parent.name for path in folder.glob(f"step_*/{DESCRIPTION}"))
+class Reader:
+    """Reads elements of a checkpoint's tensors, out of whichever files hold them."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self.checkpoint, self.manifest = checkpoint, manifest
+        self.files: dict[str, Any] = {}
+        self.opened = ExitStack()
+
+    def __enter__(self) -> Reader:
+        for name in self.manifest.files:
+            self.files[name] = self.opened.enter_context(open_tensors(self.checkpoint / name))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.opened.close()
+
+    def read(self, name: str, kind: str, start: int, into: Tensor) -> None:
+        """Fill the 1-d tensor `into` with elements start, start + 1, ... of a flattened tensor, in its own type."""
+        filled = 0
+        for piece in self.manifest.tensors[name].kinds[kind].pieces:
+            first, last = max(start, piece.start), min(start + into.numel(), piece.start + piece.numel)
+            if first < last:
+                saved = self.files[piece.file].get_slice(key_of(name, kind, piece.start))
+                into[first - start : last - start] = saved[first - piece.start : last - piece.start]
+                filled += last - first
+        assert filled == into.numel(), f"{name} ({kind}): {filled} of {into.numel()} elements from {start}"
+
+
+def read_tensors(checkpoint: Path) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, kind, values) of everything in a checkpoint, whole tensors in fp32 or the type of the moment."""
+    manifest = read_manifest(checkpoint)
+    with Reader(checkpoint, manifest) as reader:
+        for name, tensor in manifest.tensors.items():
+            for kind, stored in tensor.kinds.items():
+                values = torch.empty(tensor.numel, dtype=DTYPES[stored.dtype])
+                reader.read(name, kind, 0, values)
+                yield name, kind, values.view(tensor.shape)

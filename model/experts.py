@@ -169,7 +169,7 @@ class LoopedExperts(nn.Module):
             MLP(hidden_size, ffn_hidden_size, activation) for _ in range(num_local_experts)
         )
         for parameter in self.parameters():
-            vars(parameter).update(allreduce=False, group_name=group_name)
+            vars(parameter).update(allreduce=False, group_name=group_name, num_local_experts=num_local_experts)
 
     def forward(self, rows: Tensor, ends_L: Tensor | None = None) -> Tensor:
         """As StackedExperts.forward."""

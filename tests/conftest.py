@@ -25,6 +25,14 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    """A process that is all ranks there are."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def four_ranks() -> Iterator[RankPool]:
     """Four such processes, for groups that two ranks cannot form."""
     pool = RankPool(4)

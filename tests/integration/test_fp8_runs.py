@@ -134,7 +134,9 @@ def load_and_continue(checkpoints: Path, fp8: bool) -> list[float]:
     import deepspeed
 
     from model.checkpoint import load_checkpoint
+    from model.manifest import read_manifest
     from model.optim import build_optimizer
+    from model.partition import TrainingPartition
 
     run = load_run(TINY, ["bf16.enabled=true"])
     model = GPT(run.model, ep_size=2, ep_rank=torch.distributed.get_rank(), seed=99)
@@ -144,7 +146,8 @@ def load_and_continue(checkpoints: Path, fp8: bool) -> list[float]:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, run.deepspeed["optimizer"]), config=config
     )
-    load_checkpoint(engine, checkpoints, "step_00000010")
+    checkpoint = checkpoints / "step_00000010"
+    load_checkpoint(TrainingPartition(engine, 2), checkpoint, read_manifest(checkpoint))
     losses = []
     for step in range(2):
         refresh_fp8(engine.module)

@@ -74,8 +74,9 @@ def test_the_metrics_of_routing_agree_with_the_load_of_every_expert(biased: Path
 
 
 def saved_bias(run_dir: Path, step: int, layer: int) -> torch.Tensor:
-    path = run_dir / "checkpoints" / f"step_{step:08d}" / "mp_rank_00_model_states.pt"
-    return torch.load(path, weights_only=True)["module"][f"blocks.{layer}.mlp.deepspeed_moe.gate.selection_bias"]
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    tensors = {name: values for name, kind, values in read_tensors(folder) if kind == "buffer"}
+    return tensors[f"blocks.{layer}.mlp.deepspeed_moe.gate.selection_bias"]
 
 
 def test_a_bias_is_saved_in_fp32_in_a_bf16_run(biased: Path) -> None:

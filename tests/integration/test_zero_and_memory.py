@@ -22,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.run_config import REPO_ROOT, load_run
 from launch.zero_settings import offloads
-from model.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointWriter, choose_checkpoint, load_checkpoint
 from model.config import ActivationCheckpointing, ModelConfig
 from model.gpt import GPT, global_name, named_matrices
+from model.manifest import TrainingState
 from model.optim import build_optimizer
+from model.partition import TrainingPartition
 from ranks import RankPool
 
 STEPS = 3
@@ -99,11 +101,11 @@ def micro_batch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def train_step(engine: Any, step: int) -> dict[str, Any]:
-    """One step of two micro-steps: loss over all ranks, gradient norm, and the last micro-step's statistics."""
+    """One step: loss over all ranks, gradient norm, and the last micro-step's statistics."""
     import torch.distributed as dist
 
     losses, micro_stats = [], None
-    for micro_step in range(2):
+    for micro_step in range(engine.gradient_accumulation_steps()):
         loss, micro_stats = engine(*micro_batch(step, micro_step))
         engine.backward(loss)
         engine.step()
@@ -321,20 +323,42 @@ def test_an_engine_of_zero_3_leaves_nothing_behind_in_its_process(two_ranks: Ran
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_in_the_middle(case: Case, folder: Path) -> list[dict[str, Any]]:
-    """Two more steps after a save, and the same two in a new engine that loaded it."""
+def state_of(case: Case, step: int) -> TrainingState:
     import torch.distributed as dist
 
-    stage = case.zero["stage"]
-    state = TrainingState(1, 8, dist.get_world_size(), case.ep_size, stage, data_fingerprint="synthetic")
+    return TrainingState(
+        step=step,
+        samples=8 * step,
+        world_size=dist.get_world_size(),
+        ep_size=case.ep_size,
+        zero_stage=case.zero["stage"],
+        config_hash="of the test",
+        data_fingerprint="synthetic",
+    )
+
+
+def save(engine: Any, case: Case, folder: Path, step: int) -> None:
+    writer = CheckpointWriter(folder, keep_last=10, say=print)
+    writer.save(TrainingPartition(engine, case.ep_size), f"step_{step:08d}", state_of(case, step))
+    writer.wait()
+
+
+def load(engine: Any, case: Case, folder: Path, step: int) -> None:
+    name, manifest, notes = choose_checkpoint(folder, [f"step_{step:08d}"], state_of(case, 0))
+    assert (manifest.state.step, notes) == (step, [])
+    load_checkpoint(TrainingPartition(engine, case.ep_size), folder / name, manifest)
+
+
+def save_in_the_middle(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """Two more steps after a save, and the same two in a new engine that loaded it."""
     ends = []
     for resumed in (False, True):
         engine = start_engine(case)
         if resumed:
-            load_checkpoint(engine, folder, "step_00000001")
+            load(engine, case, folder, 1)
         else:
             train_step(engine, 0)
-            save_checkpoint(engine, folder, "step_00000001", state, keep_last=1)
+            save(engine, case, folder, 1)
         steps = [train_step(engine, step) for step in (1, 2)]
         ends.append({"steps": steps, "weights": whole_weights(engine, case)})
         engine.destroy()

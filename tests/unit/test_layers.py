@@ -45,13 +45,15 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 # Which files may import a third party, the first entry that fits the import.
 DOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("deepspeed.moe.utils", ("model/optim.py",)),  # how the engine wants parameter groups split
+    # how the engine wants parameter groups split, and which parameters are experts
+    ("deepspeed.moe.utils", ("model/optim.py", "model/partition.py")),
     ("deepspeed.moe.layer", ("model/moe.py", "tools/bench_moe/blocks.py")),  # the latter as a peer
     ("deepspeed.moe", ("model/moe.py", "model/router.py")),
     (
         "deepspeed",
-        ("train.py", "model/device.py", "model/checkpoint.py", "model/moe.py", "model/router.py", "model/optim.py"),
+        ("train.py", "model/device.py", "model/partition.py", "model/moe.py", "model/router.py", "model/optim.py"),
     ),
+    ("safetensors", ("model/tensor_files.py",)),
     ("torchao", ("model/fp8.py", "model/fp8_casts.py")),
     ("triton", ("model/fp8_kernels.py",)),
     ("liger_kernel", ("model/loss.py",)),

@@ -319,6 +319,8 @@ def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
     "patch",
     [
         launch(num_gpus=4, ep_size=2),
+        moe(expert_backend="loop"),
+        {"zero_optimization": {"stage": 2}},
         {"run": {"wandb": {"mode": "disabled", "name": "other"}}},
         train(stop_at_step=5),
         train(save_every=5),
@@ -343,7 +345,6 @@ def test_the_hash_ignores_where_a_run_happens_when_it_pauses_and_what_is_compute
         {"gradient_clipping": 0.5},
         {"bf16": {"enabled": True}},
         {"optimizer": {"params": {"lr": 1e-3}}},
-        {"zero_optimization": {"stage": 2}},
         model(rope_theta=5000.0),
         moe(capacity_factor=1.25),
         {"run": {"data": {"train": "builtin"}}},
