@@ -23,7 +23,10 @@ def remove_unused_buffers(folder: Path = SHARED_MEMORY, processes: Path = Path("
     """
     own = [path for path in folder.glob(f"{PREFIX}{os.getuid()}_*") if path.is_file()] if folder.is_dir() else []
     unused = not_mapped(own, processes)
-    youngest = max((path.stat().st_mtime for path in unused if path.exists()), default=0.0)
+    youngest = 0.0
+    for path in unused:
+        with contextlib.suppress(FileNotFoundError):  # another launch.run was faster
+            youngest = max(youngest, path.stat().st_mtime)
     if (wait := youngest + YOUNG_SECONDS - time.time()) > 0:
         time.sleep(wait)
         unused = not_mapped(unused, processes)
