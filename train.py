@@ -604,8 +604,8 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def last_saved(self) -> str:
-        latest = self.checkpoints / "latest"
-        return latest.read_text().strip() if latest.exists() else "none"
+        step = latest_step(self.run_dir)
+        return "none" if step is None else checkpoint_name(step)
 
     def describe(self) -> None:
         """Say once what is about to run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,13 +101,20 @@ def steps_to_resume(run_dir: Path) -> tuple[int, ...]:
 
 
 def latest_step(run_dir: Path) -> int | None:
-    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none."""
+    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none.
+
+    It holds the name and its CRC-32, without which a bit of a digit would turn it into another one's name. A name alone
+    is taken too.
+    """
     try:
-        name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        text = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
+    name, *check = text.split() or [""]
     number = name.removeprefix("step_")
-    return int(number) if name.startswith("step_") and number.isdecimal() and number.isascii() else None
+    if not (number.isdecimal() and number.isascii() and name == checkpoint_name(int(number))):
+        return None
+    return int(number) if check in ([], [f"{zlib.crc32(name.encode()):08x}"]) else None
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

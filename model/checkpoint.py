@@ -17,6 +17,7 @@ import shutil
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -241,7 +242,7 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     saving.replace(final)
     sync_folder(folder)
     reached("save: latest")
-    write_file(folder / LATEST, f"{name}\n".encode())
+    write_file(folder / LATEST, f"{name} {zlib.crc32(name.encode()):08x}\n".encode())
     if replaced.exists():
         shutil.rmtree(replaced)
 

@@ -148,6 +148,14 @@ class Attempt:
 
     def wait(self) -> tuple[int | None, list[psutil.Process]]:
         """Until launch.run has ended, and what it can no longer end itself; the exit code, and what is left then."""
+        try:
+            return self.watch()
+        except BaseException:  # somebody ends this program: what it has started goes with it
+            for process in evidence.processes_of(self.mark):
+                process.kill()
+            raise
+
+    def watch(self) -> tuple[int | None, list[psutil.Process]]:
         while self.process.poll() is None and time.time() - self.started < PATIENCE_S:
             self.look()
             time.sleep(POLL_S)
@@ -359,11 +367,11 @@ class Life:
         continued = re.search(r"continued from (step_\d+)", printed)
         outcome.began_at = continued[1] if continued else None
         owed = [name for name in whole if name in self.accepted]
-        if outcome.code == 2 or ("Error: " in printed and "continued" not in printed and outcome.code == 2):
+        if outcome.code == 2:
             return [f"lost: refused to continue: {last_line(printed)}"]
         if continued and continued[1] not in whole:
             return [f"silent loads: continued from {continued[1]}, whole were {', '.join(whole) or 'none'}"]
-        began = continued or "no checkpoint to continue" in printed or "\nstep 0/" in printed
+        began = continued or "\nstep 0/" in printed
         if began and owed and (not continued or continued[1] < owed[-1]):
             return [f"lost: began at {outcome.began_at}, though {owed[-1]} was whole"]
         return []
@@ -521,6 +529,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write all that happened as JSON")
     command = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(command)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     folder = args.folder or Path(tempfile.mkdtemp(prefix="moelab_chaos_"))
     chaos, started, deadline = Chaos(folder.resolve(), args.seed), utc_now(), time.time() + 60 * args.minutes
     life = 0
