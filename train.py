@@ -290,7 +290,7 @@ class Trainer:
         self.beginning, self.state = beginning, beginning.state
         self.step, self.samples = self.state.step, self.state.samples
         self.saved_step = self.step if beginning.checkpoint is not None else None
-        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last, log.say)
+        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last)
         self.began = time.monotonic()
         self.fp8_matrices: dict[str, int] | None = None
         self.latest: dict[str, float] = {}  # the newest value of every metric

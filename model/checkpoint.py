@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,17 +64,13 @@ class CheckpointWriter:
     Args:
         folder: checkpoints/ of the run folder, which all ranks see.
         keep_last: how many of the newest stay. Those of later steps, of a branch that was abandoned, are not counted.
-        say: for what a person should know, in one line.
     """
 
-    def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]) -> None:
-        self.folder, self.keep_last, self.say = folder, keep_last, say
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.name: str | None = None  # what is being saved
-        self.written, self.published = threading.Event(), threading.Event()
-        self.error: BaseException | None = None
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self.current: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
-        self.last_save_s = 0.0  # from the request until `latest` named it, of the last one
+        self.last_save_s = 0.0  # from the request until `latest` named it, of the last one; on rank 0
 
     def save(self, partition: TrainingPartition, name: str, state: TrainingState) -> None:
         """Save under folder/name. All ranks call this; it returns when the state may change again.
@@ -84,112 +80,137 @@ class CheckpointWriter:
         began = time.monotonic()
         self.wait()
         reached("save: copy")
-        spans, buffers = list(partition.spans()), partition.buffers() if self.rank == 0 else {}
-        background = self._prepare(name, spans)
-        tensors, facts = tensors_of(spans, buffers, copy=background)
-        self.name, self.error = name, None
-        self.written.clear()
-        self.published.clear()
-        steps = sorted(partition.optimizer_steps())
-        thread = threading.Thread(
-            target=self._write, args=(name, state, tensors, facts, steps, began), name="checkpoint", daemon=True
-        )
-        del spans, tensors
-        thread.start()
+        spans = list(partition.spans())
+        background = prepare_folder(self.folder, name, sum(bytes_of(span) for span in spans))
+        tensors, facts = tensors_of(spans, partition.buffers() if dist.get_rank() == 0 else {}, copy=background)
+        save = Save(self.folder, name, state, self.keep_last, facts, sorted(partition.optimizer_steps()), began)
+        save.start(tensors)
+        self.current = save
         if not background:
             self.wait()
         self.stall_s += time.monotonic() - began
 
     def wait(self) -> None:
         """Until the last save is durable. All ranks call this, and all raise if it failed on one."""
-        if self.name is None:
+        save, self.current = self.current, None
+        if save is None:
             return
-        saving, self.name = self.folder / f"{SAVING}{self.name}", None
-        self.written.wait()
+        save.written.wait()
         try:
-            raise_on_all_ranks(self.error)
-            if self.rank == 0:
-                self.published.wait()
-            raise_on_all_ranks(self.error)
+            raise_on_all_ranks(save.error)
+            save.published.wait()
+            raise_on_all_ranks(save.error)
         except BaseException:
-            if self.rank == 0:
-                shutil.rmtree(saving, ignore_errors=True)
+            if save.rank == 0:
+                shutil.rmtree(save.saving, ignore_errors=True)
             raise
+        self.last_save_s = save.seconds
 
     def finish_alone(self, timeout_s: float) -> bool:
         """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
 
         Returns whether it is done, and without an error.
         """
-        event = self.published if self.rank == 0 else self.written
-        return self.name is None or (event.wait(timeout_s) and self.error is None)
+        save = self.current
+        return save is None or (save.published.wait(timeout_s) and save.error is None)
 
-    def _prepare(self, name: str, spans: list[Span]) -> bool:
-        """Make room and the folder; whether the hosts have memory for copies. All ranks call this."""
-        error, size = None, sum(bytes_of(span) for span in spans)
-        facts: list[Any] = [None] * self.ranks
-        dist.all_gather_object(facts, (socket.gethostname(), size, available_memory()))
-        if self.rank == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                clear_leftovers(self.folder)
-                refuse_full_disk(self.folder, sum(size for _, size, _ in facts))
-                (self.folder / f"{SAVING}{name}").mkdir()
-            except OSError as failure:
-                error = failure
-        raise_on_all_ranks(error)
-        for host in {host for host, *_ in facts}:
-            needed = sum(size for other, size, _ in facts if other == host)
-            available = min(memory for other, _, memory in facts if other == host)
-            if 2 * needed > available:
-                return False
-        return True
 
-    def _write(
+class Save:
+    """One save: what a thread of each rank writes, and a thread of rank 0 publishes."""
+
+    def __init__(
         self,
+        folder: Path,
         name: str,
         state: TrainingState,
-        tensors: dict[str, Tensor],
+        keep_last: int,
         facts: dict[str, TensorFacts],
         optimizer_steps: list[float],
         began: float,
     ) -> None:
-        """The thread of one save."""
-        saving = self.folder / f"{SAVING}{name}"
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.folder, self.saving, self.name = folder, folder / f"{SAVING}{name}", name
+        self.state, self.keep_last, self.facts, self.optimizer_steps = state, keep_last, facts, optimizer_steps
+        self.began, self.seconds = began, 0.0
+        self.written, self.published = (
+            threading.Event(),
+            threading.Event(),
+        )
+        self.error: BaseException | None = None
+
+    def start(self, tensors: dict[str, Tensor]) -> None:
+        threading.Thread(target=self._run, args=(tensors,), name="checkpoint", daemon=True).start()
+
+    def _run(self, tensors: dict[str, Tensor]) -> None:
         try:
             reached("save: write")
-            file = f"rank_{self.rank:05d}.safetensors"
-            size, sha256 = write_tensors(saving / file, tensors)
+            file = file_of(self.rank)
+            size, sha256 = write_tensors(self.saving / file, tensors)
             tensors.clear()
-            own = RankFacts(file=file, bytes=size, sha256=sha256, tensors=facts, optimizer_steps=optimizer_steps)
-            write_file(saving / f"rank_{self.rank:05d}.json", own.model_dump_json().encode())
+            own = RankFacts(
+                file=file, bytes=size, sha256=sha256, tensors=self.facts, optimizer_steps=self.optimizer_steps
+            )
+            write_file(self.description(self.rank), own.model_dump_json().encode())
             self.written.set()
             if self.rank == 0:
-                self._publish(saving, name, state)
-                self.last_save_s = time.monotonic() - began
+                self._publish()
+            self.seconds = time.monotonic() - self.began
         except BaseException as error:  # of any kind: `wait` raises it
             self.error = error
         finally:
             self.written.set()
             self.published.set()
 
-    def _publish(self, saving: Path, name: str, state: TrainingState) -> None:
-        """On rank 0: wait for all ranks' files, and make the folder a checkpoint. A peer that fails never writes its
-        description: `wait` learns of it, and this thread waits on without harm until the process ends."""
-        told = [saving / f"rank_{rank:05d}.json" for rank in range(self.ranks)]
+    def description(self, rank: int) -> Path:
+        """What a rank says of its file: with the last of them, all files are there."""
+        return self.saving / f"rank_{rank:05d}.json"
+
+    def _publish(self) -> None:
+        """Wait for all ranks' files, and make the folder a checkpoint. A rank that fails never describes its file:
+        `wait` learns of it, and removes the folder."""
+        told = [self.description(rank) for rank in range(self.ranks)]
         while not all(path.exists() for path in told):
-            if not saving.exists():
+            if not self.saving.exists():
                 return
             time.sleep(POLL_SECONDS)
         reached("save: manifest")
         ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]
-        write_manifest(saving, joined(ranks, state, datetime.now(UTC).isoformat(timespec="seconds")))
+        write_manifest(self.saving, joined(ranks, self.state, datetime.now(UTC).isoformat(timespec="seconds")))
         for path in told:
             path.unlink()
-        sync_folder(saving)
-        publish(self.folder, saving, name)
+        sync_folder(self.saving)
+        publish(self.folder, self.saving, self.name)
         reached("save: retention")
-        remove_old(self.folder, name, self.keep_last)
+        remove_old(self.folder, self.name, self.keep_last)
+
+
+def prepare_folder(folder: Path, name: str, size: int) -> bool:
+    """Make room and the folder for a save of `size` bytes from this rank; whether the hosts have memory for copies.
+
+    All ranks call this.
+    """
+    error = None
+    facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, (socket.gethostname(), size, available_memory()))
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder)
+            refuse_full_disk(folder, sum(size for _, size, _ in facts))
+            (folder / f"{SAVING}{name}").mkdir()
+        except OSError as failure:
+            error = failure
+    raise_on_all_ranks(error)
+    for host in {host for host, *_ in facts}:
+        needed = sum(size for other, size, _ in facts if other == host)
+        available = min(memory for other, _, memory in facts if other == host)
+        if 2 * needed > available:
+            return False
+    return True
+
+
+def file_of(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def tensors_of(
@@ -199,7 +220,7 @@ def tensors_of(
 
     Unless copied, a tensor on the CPU is the engine's own, and must not change until it is written.
     """
-    file = f"rank_{dist.get_rank():05d}.safetensors"
+    file = file_of(dist.get_rank())
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
 

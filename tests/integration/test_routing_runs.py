@@ -12,6 +12,7 @@ from torch import Tensor
 
 from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_STOPPED
+from model.checkpoint import read_tensors
 from model.gpt import GPT, Stats
 from model.loop import WARM_UP_STEPS
 from ranks import RankPool, train_on_this_rank

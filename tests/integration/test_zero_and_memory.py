@@ -338,7 +338,7 @@ def state_of(case: Case, step: int) -> TrainingState:
 
 
 def save(engine: Any, case: Case, folder: Path, step: int) -> None:
-    writer = CheckpointWriter(folder, keep_last=10, say=print)
+    writer = CheckpointWriter(folder, keep_last=10)
     writer.save(TrainingPartition(engine, case.ep_size), f"step_{step:08d}", state_of(case, step))
     writer.wait()
 

@@ -1,0 +1,251 @@
+"""A save is cut short, fails on one rank, lacks memory: what `latest` names is whole, and the next save works."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_zero_and_memory import Case, start_engine, state_of, train_step
+
+import model.checkpoint as program
+from launch.run_dir import steps_to_resume
+from model import phases
+from model.checkpoint import REPLACED, SAVING, CheckpointWriter, choose_checkpoint, read_tensors
+from model.manifest import read_manifest
+from model.partition import TrainingPartition
+from ranks import RankPool
+
+CASE = Case("MOE", {"stage": 1}, 2)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Setting:
+    """An engine of this rank, and what saves its state."""
+
+    def __init__(self, run_dir: Path, keep_last: int = 2) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.folder = dist.get_rank(), run_dir / "checkpoints"
+        self.engine = start_engine(CASE)
+        self.writer = CheckpointWriter(self.folder, keep_last)
+
+    def save(self, step: int) -> None:
+        self.writer.save(TrainingPartition(self.engine, 2), name(step), state_of(CASE, step))
+
+    def saved(self, step: int) -> None:
+        self.save(step)
+        self.writer.wait()
+
+    def found(self) -> tuple[int, list[str]]:
+        """The step that a resumed run would begin with, and what it would say of others."""
+        import torch.distributed as dist
+
+        dist.barrier()
+        names = [name(step) for step in steps_to_resume(self.folder.parent)]
+        dist.barrier()
+        chosen, manifest, notes = choose_checkpoint(self.folder, names, state_of(CASE, 0))
+        assert chosen == name(manifest.state.step)
+        return manifest.state.step, notes
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+def name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+# --- cut short --------------------------------------------------------------------------------------------------------
+
+
+def cut_short(run_dir: Path, phase: str, again: bool) -> dict[str, Any]:
+    """A save whose thread on rank 0 ends when it reaches `phase`; what a new attempt finds, what a new save leaves."""
+    import torch.distributed as dist
+
+    setting = Setting(run_dir)
+    setting.saved(5)
+
+    def kill(reached: str) -> None:
+        if reached == phase and setting.rank == 0:
+            raise Killed
+
+    phases.listeners.append(kill)
+    try:
+        setting.save(5 if again else 6)
+        assert setting.writer.current is not None
+        setting.writer.current.published.wait()
+    finally:
+        phases.listeners.remove(kill)
+    dist.barrier()
+    found = setting.found()
+    setting.writer = CheckpointWriter(setting.folder, 2)
+    setting.saved(7)
+    left = setting.names()
+    setting.engine.destroy()
+    return {"found": found, "left": left}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there already"])
+@pytest.mark.parametrize("phase", ["save: write", "save: manifest", "save: rename", "save: latest", "save: retention"])
+def test_a_save_that_is_cut_short_leaves_what_latest_names_whole(
+    two_ranks: RankPool, tmp_path: Path, phase: str, again: bool
+) -> None:
+    done = phase == "save: retention" and not again
+    for told in two_ranks.run(cut_short, tmp_path, phase, again):
+        assert told["found"] == (6 if done else 5, [])
+        published = {name(5)} | ({name(6)} if phase in ("save: latest", "save: retention") and not again else set())
+        assert set(told["left"]) == {"latest", name(7), *sorted(published)[-1:]}
+
+
+def replace_half(run_dir: Path) -> tuple[int, list[str]]:
+    """The machine stops between the two renames that put a checkpoint in the place of another."""
+    setting = Setting(run_dir)
+    setting.saved(4)
+    setting.saved(5)
+    if setting.rank == 0:
+        (setting.folder / name(5)).replace(setting.folder / f"{REPLACED}{name(5)}")
+        (setting.folder / f"{SAVING}{name(5)}").mkdir()
+    found = setting.found()
+    setting.engine.destroy()
+    assert setting.names() == ["latest", name(4), name(5)]
+    return found
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(replace_half, tmp_path) == [(5, [])] * 2
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def fail_on_rank_1(run_dir: Path) -> dict[str, Any]:
+    """A disk that is full for rank 1 alone, which is told when the save is waited for."""
+    setting = Setting(run_dir)
+    setting.saved(5)
+    write_tensors = program.write_tensors
+
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, str]:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    if setting.rank == 1:
+        program.write_tensors = full
+    try:
+        setting.save(6)
+        with pytest.raises(OSError, match="No space left") as raised:
+            setting.writer.wait()
+    finally:
+        program.write_tensors = write_tensors
+    told = (raised.value.errno, Path(raised.value.filename).name, setting.found(), setting.names())
+    setting.saved(7)
+    after = setting.found()
+    setting.engine.destroy()
+    return {"told": told, "after": after}
+
+
+def test_a_disk_that_is_full_for_one_rank_fails_the_save_on_all_and_harms_nothing(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    for answer in two_ranks.run(fail_on_rank_1, tmp_path):
+        assert answer["told"] == (errno.ENOSPC, "rank_00001.safetensors", (5, []), ["latest", name(5)])
+        assert answer["after"] == (7, [])
+
+
+def refuse_for_space(run_dir: Path) -> tuple[str, list[str]]:
+    setting = Setting(run_dir)
+    setting.saved(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+        with pytest.raises(OSError, match="No space left") as raised:
+            setting.save(6)
+    setting.engine.destroy()
+    return str(raised.value), setting.names()
+
+
+def test_a_checkpoint_that_has_no_room_is_not_begun(two_ranks: RankPool, tmp_path: Path) -> None:
+    for told, names in two_ranks.run(refuse_for_space, tmp_path):
+        assert "a checkpoint of 0.00 GiB does not fit into 0.00 GiB" in told
+        assert names == ["latest", name(5)]
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def train_while_writing(run_dir: Path, memory: float) -> dict[str, Any]:
+    """A step is taken after the save returns and before anything is written, if the save leaves that to a thread."""
+    setting = Setting(run_dir)
+    train_step(setting.engine, 0)
+    go_on = threading.Event()
+
+    def hold(reached: str) -> None:
+        if reached == "save: write" and threading.current_thread() is not threading.main_thread():
+            go_on.wait(10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "available_memory", lambda: memory)
+        if memory:
+            phases.listeners.append(hold)
+        setting.save(1)
+        in_background = setting.writer.current is not None
+        train_step(setting.engine, 1)
+        go_on.set()
+        setting.writer.wait()
+        phases.listeners[:] = [listener for listener in phases.listeners if listener is not hold]
+    setting.saved(2)
+    setting.engine.destroy()
+    return {"in background": in_background, "stalled": setting.writer.stall_s > 0}
+
+
+def test_what_is_written_in_the_background_is_the_state_at_the_time_of_the_save(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    for memory, in_background in ((1e12, True), (0.0, False)):
+        folder = tmp_path / str(in_background)
+        for answer in two_ranks.run(train_while_writing, folder, memory):
+            assert answer == {"in background": in_background, "stalled": True}
+    saved = {
+        (how, step): {(tensor, kind): values for tensor, kind, values in read_tensors(folder)}
+        for how in ("True", "False")
+        for step in (1, 2)
+        for folder in [tmp_path / how / "checkpoints" / name(step)]
+    }
+    for step in (1, 2):
+        ours, theirs = saved["True", step], saved["False", step]
+        assert all(torch.equal(values, theirs[key]) for key, values in ours.items())
+    later = saved["True", 2]
+    assert any(not torch.equal(values, later[key]) for key, values in saved["True", 1].items() if key[1] == "weight")
+
+
+# --- retention --------------------------------------------------------------------------------------------------------
+
+
+def keep(run_dir: Path) -> list[list[str]]:
+    setting = Setting(run_dir, keep_last=2)
+    told = []
+    for step in (0, 1, 2, 9, 3, 4):  # 9 is of a branch that was abandoned for 3
+        setting.saved(step)
+        told.append(setting.names())
+    setting.engine.destroy()
+    return told
+
+
+def test_the_newest_stay_and_later_steps_of_another_branch_are_not_touched(two_ranks: RankPool, tmp_path: Path) -> None:
+    told, _ = two_ranks.run(keep, tmp_path)
+    assert told == [
+        ["latest", name(0)],
+        ["latest", name(0), name(1)],
+        ["latest", name(1), name(2)],
+        ["latest", name(2), name(9)],
+        ["latest", name(2), name(3), name(9)],
+        ["latest", name(3), name(4), name(9)],
+    ]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == name(4) + "\n"
+    manifest = read_manifest(tmp_path / "checkpoints" / name(4))
+    assert (manifest.state.step, manifest.state.samples) == (4, 32)
