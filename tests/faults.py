@@ -3,6 +3,7 @@
 A plan is a list of faults in the variable MOELAB_TEST_FAULTS, which nothing outside tests/ reads:
 
     SIGKILL, SIGTERM, SIGINT, SIGUSR1   to the rank itself, or to what stands above it (target)
+    power     as after a power cut: all ranks end at once, and what was not flushed (fsync) of the checkpoints is gone
     nan       the loss of this rank is NaN in the optimizer step `step`
     hang      the thread that reaches the phase never returns
     slow      ... only after `seconds`
@@ -66,7 +67,10 @@ def install(rank: int) -> None:
     from model import phases
 
     plan = [Fault(**fault) for fault in json.loads(os.environ.get(PLAN, "[]"))]
-    phases.listeners.append(Injector([fault for fault in plan if fault.rank == rank], rank))
+    injector = Injector([fault for fault in plan if fault.rank == rank], rank)
+    if any(fault.kind == "power" for fault in plan):  # of any rank
+        injector.note_what_is_flushed()
+    phases.listeners.append(injector)
 
 
 class Injector:
@@ -77,7 +81,7 @@ class Injector:
         self.rank, self.step, self.lock = rank, 0, threading.Lock()
         self.run_dir = Path(os.environ.get(RUN_DIR, "."))
         self.notes = Path(os.environ[NOTES]) if NOTES in os.environ else None
-        self.phase_file = -1
+        self.phase_file, self.began = -1, time.time()
         if self.notes is not None:
             self.phase_file = os.open(self.notes / f"phase{rank}", os.O_RDWR | os.O_CREAT)
             (self.notes / f"port{rank}").write_text(os.environ.get("MASTER_PORT", ""))
@@ -139,6 +143,31 @@ class Injector:
         process = [me, *me.parents()][ABOVE.index(fault.target)]
         process.send_signal(signal.Signals[fault.kind])
 
+    def cut_power(self, fault: Fault) -> None:
+        """A file that was not flushed keeps its name and loses its content (what ext4 shows after a crash)."""
+        import psutil
+
+        me = psutil.Process()
+        others = [process for process in me.parent().children() if process.pid != me.pid]
+        for process in others:
+            process.kill()
+        psutil.wait_procs(others, timeout=10)
+        assert self.notes is not None
+        flushed = set(map(int, (self.notes / "flushed").read_text().split()))
+        for path in (self.run_dir / "checkpoints").rglob("*"):
+            if path.is_file() and path.stat().st_ino not in flushed and path.stat().st_mtime > self.began:
+                truncate(path, 0)
+        me.kill()
+
+    def note_what_is_flushed(self) -> None:
+        fsync, list_of_inodes = os.fsync, os.open(self.notes / "flushed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def noted(file: Any) -> None:
+            fsync(file)
+            os.write(list_of_inodes, f"{os.fstat(file if isinstance(file, int) else file.fileno()).st_ino}\n".encode())
+
+        os.fsync = noted
+
     def hang(self, fault: Fault) -> None:
         while True:
             time.sleep(60)
@@ -157,6 +186,7 @@ class Injector:
 
 HAPPENS: dict[str, Callable[[Injector, Fault], None]] = {
     **dict.fromkeys(SIGNALS, Injector.send),
+    "power": Injector.cut_power,
     "hang": Injector.hang,
     "slow": Injector.slow,
     "full": Injector.fill,
