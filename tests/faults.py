@@ -153,18 +153,19 @@ class Injector:
             process.kill()
         psutil.wait_procs(others, timeout=10)
         assert self.notes is not None
-        flushed = set(map(int, (self.notes / "flushed").read_text().split()))
+        flushed = set((self.notes / "flushed").read_text().split())
         for path in (self.run_dir / "checkpoints").rglob("*"):
-            if path.is_file() and path.stat().st_ino not in flushed and path.stat().st_mtime > self.began:
+            if path.is_file() and path.stat().st_mtime > self.began and state_of(path.stat()) not in flushed:
                 truncate(path, 0)
         me.kill()
 
     def note_what_is_flushed(self) -> None:
-        fsync, list_of_inodes = os.fsync, os.open(self.notes / "flushed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        assert self.notes is not None
+        fsync, states = os.fsync, os.open(self.notes / "flushed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def noted(file: Any) -> None:
             fsync(file)
-            os.write(list_of_inodes, f"{os.fstat(file if isinstance(file, int) else file.fileno()).st_ino}\n".encode())
+            os.write(states, f"{state_of(os.fstat(file))}\n".encode())
 
         os.fsync = noted
 
@@ -193,6 +194,11 @@ HAPPENS: dict[str, Callable[[Injector, Fault], None]] = {
     "truncate": Injector.damage,
     "flip": Injector.damage,
 }
+
+
+def state_of(stat: os.stat_result) -> str:
+    """A file with the content that it had at some time: an inode alone may be another file's by now."""
+    return f"{stat.st_ino}:{stat.st_mtime_ns}"
 
 
 def truncate(path: Path, size: int) -> None:
