@@ -18,9 +18,9 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from launch import faults
 from launch.begin import Start
 from launch.environment import describe_environment
 from launch.gpu_monitor import GpuMonitor, describe_gpu, gpus_of_this_machine
+from launch.rank_watch import RankWatch
 from launch.run_config import REPO_ROOT, Run
 from launch.run_dir import (
     EXIT_CODES,
@@ -55,17 +57,26 @@ from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flo
 from model.fp8_matmul import refuse_fp8
 from model.fp8_weights import refresh_fp8, refuse_stale
 from model.gpt import GPT
-from model.loop import WARM_UP_STEPS, StepTimer, StopRequest, max_over_ranks, peak_memory_mib
+from model.loop import (
+    WARM_UP_STEPS,
+    StepTimer,
+    StopRequest,
+    max_over_ranks,
+    peak_memory_mib,
+    told_by_all_ranks,
+)
 from model.loss import refuse_cross_entropy
 from model.manifest import Manifest, TrainingState
 from model.optim import assign, assignment_table, build_optimizer, set_lr
 from model.partition import TrainingPartition
-from model.phases import reached
+from model.phases import listeners, reached
 from model.profile import Report, StepProfile, part
 from model.router import selection_bias_ME, update_selection_bias
 from model.schedule import lr_factor
 from model.splits import Data, open_data
 from model.stats import StepStats, StepTotals, bias_metrics
+
+SAVE_PATIENCE_S = 10.0  # after a fault, for a save that is being written; another rank may be gone, and never write
 
 
 class NotFinite(RuntimeError):
@@ -74,13 +85,27 @@ class NotFinite(RuntimeError):
 
 def main(start: Start) -> int:
     """Run to an end of any kind and return the exit code; summary.json says the same in words."""
-    run, run_dir = start.run, start.args.run_dir
     if start.beginning.action == "completed":
         if start.rank == 0:
-            print(f"{run_dir} is completed ({start.beginning.step} steps). Nothing to do.")
+            print(f"{start.args.run_dir} is completed ({start.beginning.step} steps). Nothing to do.")
         return EXIT_COMPLETED
+    watch = RankWatch(
+        start.rank,
+        start.args.run_dir,
+        launchers=start.launchers,
+        stop_file=start.args.stop_file if start.rank == 0 else None,
+        hang_timeout_s=start.run.train.hang_timeout_s,
+    ).start()
+    listeners.append(watch.reached)
+    try:
+        return run_under_watch(start, watch)
+    finally:
+        listeners.remove(watch.reached)
+        watch.close()
 
-    stop = StopRequest(start.args.stop_file if start.rank == 0 else None)
+
+def run_under_watch(start: Start, watch: RankWatch) -> int:
+    run, run_dir = start.run, start.args.run_dir
     try:
         prepare_builtin_data(run, start.local_rank)
         set_up_process(start)
@@ -103,34 +128,27 @@ def main(start: Start) -> int:
         )
         gpus = gpus_of_this_machine(environment["ranks"]) if start.rank == 0 else []  # the others record nothing
         gpu_monitor = GpuMonitor(gpus, log.say)
-        trainer = Trainer(start, log, data, beginning, stop, gpu_monitor)
+        trainer = Trainer(start, log, data, beginning, watch, gpu_monitor)
+        watch.meet(told_by_all_ranks, trainer.end_from_outside, collectives_block=not on_gpu())
         status, reason = trainer.run_to_end()
-        log.finish(status, reason, trainer.figures())
+        watch.claim_end()
+        faults.finish(log, status, reason, trainer.figures())
         return EXIT_CODES.get(status, EXIT_FAILED)
     except BaseException as error:  # of any kind: it is written down, and the run has failed
-        status, reason = status_of(error)
-        record_fault(run_dir, start.rank, log, error)
+        watch.claim_end(fault=True)
+        if trainer is not None:
+            trainer.writer.finish_alone(SAVE_PATIENCE_S)  # what was copied before the fault is sound
+        status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
+        if status != "nan":  # which says all in its one line
+            faults.record_fault(run_dir, start.rank, log, error)
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
-            log.finish(status, reason, figures | {"lost_peer": lost_peer(error) or None})
+            faults.finish(log, status, reason, figures | {"lost_peer": faults.lost_peer(error) or None})
         return EXIT_FAILED
     finally:
         if trainer is not None:
             trainer.gpu_monitor.close()
             trainer.compiles.close()
-
-
-def status_of(error: BaseException) -> tuple[Status, str]:
-    """The status that an exception gives a run, and the reason in one line."""
-    if isinstance(error, NotFinite):
-        return "nan", str(error)
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ("oom" if isinstance(error, torch.OutOfMemoryError) else "failed"), reason
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: that rank's end is the cause, not this error."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 # --- before the model -----------------------------------------------------------------------------------------------
@@ -161,7 +179,9 @@ def set_up_process(start: Start) -> None:
         torch.cuda.set_device(start.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // start.topology.gpus_per_node))
-    deepspeed.init_distributed()
+    patience = start.run.train.hang_timeout_s or 0.0
+    # Collectives wait for longer than the watch, which says who did not come to one.
+    deepspeed.init_distributed(timeout=timedelta(seconds=max(600.0, 2 * patience)))
 
 
 def open_on_all_ranks(start: Start) -> Data:
@@ -190,8 +210,7 @@ def open_on_all_ranks(start: Start) -> Data:
     except (ConfigError, DataError) as error:
         refusal = error
 
-    told: list[Any] = [None] * start.topology.ranks
-    dist.all_gather_object(told, (refusal, facts))
+    told = told_by_all_ranks((refusal, facts))
     for rank, (theirs, _) in enumerate(told):
         if theirs is not None:
             raise theirs if rank == 0 else type(theirs)(f"rank {rank}: {theirs}")
@@ -256,15 +275,13 @@ def environment_of(start: Start, data: Data) -> dict[str, Any]:
     if on_gpu():
         gpu = own_gpu()
         own["gpu"] = {**gpu, **describe_gpu(gpu["uuid"])}
-    ranks: list[Any] = [None] * start.topology.ranks
-    dist.all_gather_object(ranks, own)
     return {
         **describe_environment(start.run, sys.argv, devices),
         "torch": torch_settings(),
         "world_size": start.topology.ranks,
         "ep_size": start.topology.ep_size,
         "accumulation_steps": start.topology.accumulation_steps,
-        "ranks": ranks,
+        "ranks": told_by_all_ranks(own),
         "data": data.fingerprints(),
     }
 
@@ -281,16 +298,20 @@ class Trainer:
         log: RunLog,
         data: Data,
         beginning: BeginWith,
-        stop: StopRequest,
+        watch: RankWatch,
         gpu_monitor: GpuMonitor,
     ) -> None:
-        self.run, self.topology, self.log, self.data, self.stop = start.run, start.topology, log, data, stop
+        self.run, self.topology, self.log, self.data = start.run, start.topology, log, data
+        self.watch, self.stop = watch, StopRequest(watch.is_asked, watch.stand_by)
         self.gpu_monitor, self.compiles = gpu_monitor, CompileWatch()
         self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
         self.beginning, self.state = beginning, beginning.state
         self.step, self.samples = self.state.step, self.state.samples
-        self.saved_step = self.step if beginning.checkpoint is not None else None
         self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last)
+        self.saved_step = None
+        if beginning.checkpoint is not None:
+            self.saved_step = self.step
+            self.watch.state_is_saved(self.writer.finish_alone)
         self.began = time.monotonic()
         self.fp8_matrices: dict[str, int] | None = None
         self.latest: dict[str, float] = {}  # the newest value of every metric
@@ -309,10 +330,11 @@ class Trainer:
         self.timer = StepTimer(self.engine.device, self.profile.steps)
         self.gpu_monitor.start()
         self.save()  # of a fresh run: proof that a checkpoint has room, and the state if a stop comes while compiling
-        if self.step == 0:
+        if self.step == 0 or self.owes_validation():
             self.record(self.validate())
 
-        while self.step < last:
+        self.stop.agreed_by_all_ranks(self.engine.device, wait=True)
+        while self.step < last and not self.stop.agreed:
             stats = self.profiled_step()
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
             saving = stopping or self.is_due(train.save_every)
@@ -325,25 +347,36 @@ class Trainer:
                 if self.run.compile.mode != "none" and "val/loss" not in self.latest:
                     self.save()  # validation is about to be compiled
                 metrics |= self.validate()
+                if self.stop.agreed and not metrics:
+                    metrics = self.train_metrics(stats)
             self.record(metrics)
             if saving:
                 self.save()
             if self.is_due(train.sample_every) and self.step < run.num_steps:
                 self.sample()
-            if stopping:
-                break
         if not self.profile.close():
             self.log.say("no profile: the run stops before its steps are done")
 
         self.save()
         self.writer.wait()
-        if self.step == run.num_steps:
+        if self.step == run.num_steps and not self.stop.agreed:
             if not self.is_due(train.eval_every) or "val/loss" not in self.latest:  # resumed at the end
                 self.record(self.validate())
             self.sample()
-            return "completed", f"all {run.num_steps} steps done"
-        wish = f"run.train.stop_at_step={train.stop_at_step}" if self.step >= last else "asked by a signal"
+            if not self.stop.agreed:
+                return "completed", f"all {run.num_steps} steps done"
+        asked = self.watch.asked or "asked at another rank"
+        wish = f"run.train.stop_at_step={train.stop_at_step}" if self.step >= last else asked
         return "stopped", f"{wish}, after step {self.step} of {run.num_steps}"
+
+    def owes_validation(self) -> bool:
+        """Whether an attempt was stopped before it had validated the step that this one continues. Rank 0 knows."""
+        owes = self.is_due(self.run.train.eval_every) and self.step < self.run.num_steps
+        return owes and max_over_ranks(float(self.log.lacks(self.step, "val/loss")), self.engine.device) > 0
+
+    def end_from_outside(self, status: Status, reason: str, figures: dict[str, Any]) -> None:
+        """What the watch calls, in a thread of its own, where it ends the run."""
+        faults.finish(self.log, status, reason, self.figures(timed=False) | figures)
 
     def build_engine(self) -> None:
         """Model, optimizer and engine; then the checkpoint, if this attempt continues one."""
@@ -544,14 +577,19 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss over every whole val split, in nats per token and in bits per byte of its text. All ranks call this."""
-        if self.data.val is None:
+        """Loss over every whole val split, in nats per token and in bits per byte of its text. All ranks call this.
+
+        Nothing where a stop cuts it short: whoever continues the run does it (owes_validation).
+        """
+        if self.data.val is None or self.stop.agreed:
             return {}
         refuse_stale(self.engine.module)
         self.engine.eval()
         sums = torch.zeros(len(self.data.val.batches), 2, dtype=torch.float64, device=self.engine.device)
         for nats_and_targets, batches in zip(sums, self.data.val.batches, strict=True):
             for batch in batches:
+                if self.stop.agreed_by_all_ranks(self.engine.device):
+                    return {}
                 reached("validation")
                 _, stats = self.engine.module(*self.on_device(batch))
                 targets = stats.num_targets.double()
@@ -569,6 +607,8 @@ class Trainer:
         tokenizer = self.data.train.text_split.tokenizer
         if tokenizer is None or train.sample_tokens == 0:
             return
+        if self.stop.agreed_by_all_ranks(self.engine.device, wait=True):
+            return
         reached("sample")
         self.engine.eval()
         prompt = [self.data.train.text_split.eod_id, *tokenizer.encode(train.sample_prompt)]  # as a document begins
@@ -585,6 +625,7 @@ class Trainer:
         partition = TrainingPartition(self.engine, self.topology.ep_size)
         self.writer.save(partition, checkpoint_name(self.step), state)
         self.saved_step = self.step
+        self.watch.state_is_saved(self.writer.finish_alone)
 
     def record(self, metrics: dict[str, float]) -> None:
         if not metrics:
@@ -671,21 +712,6 @@ class Trainer:
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
-
-
-def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseException) -> None:
-    """Write the traceback to log.txt on rank 0, to rank<N>.err elsewhere; to rank<N>.lost if another rank is gone, no
-    fault of this one. A NotFinite says all in its one line.
-    """
-    if isinstance(error, NotFinite):
-        return
-    trace = "".join(traceback.format_exception(error))
-    if rank == 0 and log is not None:
-        log.say(trace)
-        return
-    print(trace, file=sys.stderr)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / f"rank{rank}.{'lost' if lost_peer(error) else 'err'}").write_text(trace)
 
 
 def end_process(code: int) -> None:

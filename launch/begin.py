@@ -6,8 +6,11 @@ import argparse
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import psutil
+
+from launch.ancestors import launchers_above
 from launch.command_line import parse_train_arguments
 from launch.environment import variables_of_interpreter
 from launch.nodes import rank_variables_of_slurm
@@ -27,11 +30,15 @@ class Start:
     beginning: Beginning
     rank: int
     local_rank: int
+    launchers: dict[str, psutil.Process | None] = field(default_factory=dict)  # above this process; None: gone already
 
 
 def begin_or_exit(argv: list[str] | None = None) -> Start:
     """Parse, load, check; a refusal is one line on rank 0's stderr and exit code 2, with nothing created."""
     args = parse_train_arguments(argv)
+    launchers: dict[str, psutil.Process | None] = {**launchers_above()}  # at once: one that goes from now on is missed
+    if args.refusal_file is not None and args.stop_file is None:  # launch.run is on this machine
+        launchers.setdefault("launch.run", None)
     os.environ.update(variables_of_interpreter(os.environ))
     if args.slurm_ranks:
         os.environ.update(rank_variables_of_slurm(os.environ))
@@ -46,7 +53,7 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
     except ConfigError as error:
         say_refusal(error, rank, args)
         sys.exit(EXIT_REFUSED)
-    return Start(args, run, topology, beginning, rank, local_rank)
+    return Start(args, run, topology, beginning, rank, local_rank, launchers)
 
 
 def ranks_of_this_node(world_size: int) -> int:

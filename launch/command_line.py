@@ -67,15 +67,24 @@ def default_run_dir(config: Path) -> Path:
 
 
 def parse_launch_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments of launch.run: config, run_dir, resume, assignments, dry_run. Paths are absolute."""
+    """Arguments of launch.run: config, run_dir, resume, assignments, restarts, dry_run. Paths are absolute."""
     parser = OneLineParser(
         prog="python -m launch.run",
         description="Start one run file under deepspeed, with the ranks that it states, and watch it.",
     )
     parser.add_argument("config", type=Path, metavar="FILE", help="run file, such as ds_configs/demo.json")
     add_run_arguments(parser)
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again up to N times after an error, a hang, a killed rank or want of memory (default: 0)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would be started, and start nothing")
     args = parser.parse_args(argv)
+    if args.restarts < 0:
+        parser.error(f"argument --restarts: {args.restarts} is below 0")
     args.config = args.config.absolute()
     args.run_dir = (args.run_dir or default_run_dir(args.config)).absolute()
     return args

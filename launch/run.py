@@ -29,9 +29,10 @@ from launch.nodes import (
     quoted_for_pdsh,
     srun_command,
 )
+from launch.restarts import run_with_restarts
 from launch.run_config import REPO_ROOT, Run, load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED, Beginning, decide_beginning
-from launch.supervise import refuse_if_in_use, supervise
+from launch.supervise import StopRequests, refuse_if_in_use, supervise
 from launch.topology import Topology, resolve_num_gpus, resolve_topology, visible_gpus
 from model.config import ConfigError
 from model.flops import count_parameters, flops_per_token
@@ -54,6 +55,14 @@ class Plan:
 
 def main(argv: list[str] | None = None, script: Path = TRAIN_SCRIPT) -> int:
     args = parse_launch_arguments(argv)
+    with StopRequests() as stop:
+        return run_with_restarts(lambda number: run_once(args, script, stop, number), args.run_dir, args.restarts, stop)
+
+
+def run_once(args: argparse.Namespace, script: Path, stop: StopRequests, number: int) -> int:
+    """One attempt; any but the first continues from the last checkpoint, wherever that one was told to begin."""
+    if number > 0:
+        args = argparse.Namespace(**{**vars(args), "resume": "auto"})
     try:
         plan = make_plan(args)
         if args.dry_run:
@@ -77,6 +86,7 @@ def main(argv: list[str] | None = None, script: Path = TRAIN_SCRIPT) -> int:
     with tempfile.TemporaryDirectory(prefix=".launch_", dir=beside, ignore_cleanup_errors=True) as folder:
         return supervise(
             command_of_ranks(plan, args, script, Path(folder)),
+            stop,
             run_dir=args.run_dir,
             script=script,
             refusal_file=Path(folder) / "refusal",

@@ -69,6 +69,7 @@ class TrainConfig(Section):
     activation_checkpointing: ActivationCheckpointing = "none"  # less memory for more work; see model/recompute.py
     profile_steps: int | None = Field(default=None, ge=1)  # to profile after the warm-up: trace, and time by part
     cross_entropy: CrossEntropy = "chunked"  # logits of all tokens at once, in chunks, or liger-kernel's; model/loss.py
+    hang_timeout_s: float | None = Field(default=540.0, ge=1)  # without progress, until all ranks end; null: no end
     seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
@@ -280,6 +281,7 @@ NOT_IN_HASH = (
     "run.train.profile_steps",
     "run.train.expert_load_every",
     "run.train.cross_entropy",
+    "run.train.hang_timeout_s",
 )
 
 

@@ -108,6 +108,10 @@ class RunLog:
             self.bar.set_postfix({"loss": f"{metrics['train/loss']:.3f}", **speed}, refresh=False)
         self.progress(step)
 
+    def lacks(self, step: int, name: str) -> bool:
+        """Whether this metric of the step that is continued was never recorded. Where nothing is recorded: False."""
+        return self.enabled and not (self.metrics.last["step"] == step and name in self.metrics.last)
+
     def log_expert_load(self, step: int, detail: dict[str, Any]) -> None:
         """Record what every expert got in a step: one line of expert_load.jsonl, data for a heat map over the steps."""
         if self.enabled and self.expert_load is not None:

@@ -29,7 +29,9 @@ from typing import Any
 
 import psutil
 
+from launch.ancestors import is_alive
 from launch.environment import utc_now
+from launch.faults import status_of_text
 from launch.nodes import Elsewhere
 from launch.run_dir import (
     EXIT_CODES,
@@ -93,13 +95,6 @@ class OwnedProcesses:
             time.sleep(0.1)
 
 
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def parent_and_session(process: psutil.Process) -> tuple[int, int]:
     try:
         return process.ppid(), os.getsid(process.pid)
@@ -152,6 +147,7 @@ class StopRequests:
 
 def supervise(
     command: list[str],
+    stop: StopRequests,
     *,
     run_dir: Path,
     script: Path,
@@ -161,25 +157,25 @@ def supervise(
 ) -> int:
     """Run `command` (a `deepspeed` or srun line that starts `script`) to its end; return the exit code of launch.run.
 
-    Of STOP_SIGNALS, the first asks every rank to save and stop, the second kills all. When this returns, no process
-    that the command started on this machine is left, nor, with `elsewhere`, a rank on a node that can be reached.
+    Of the STOP_SIGNALS that `stop` counts, the first asks every rank to save and stop, the second kills all. When this
+    returns, no process that the command started on this machine is left, nor, with `elsewhere`, a rank on a node that
+    can be reached.
     """
     started_before = started_of(run_dir)
-    with StopRequests() as stop:
-        deepspeed = subprocess.Popen(command, env=environment, start_new_session=True)
-        owned = OwnedProcesses(deepspeed)
-        try:
-            if elsewhere is None:
-                watch(deepspeed, owned, stop, script)
-                await_leftovers(owned, stop, run_dir, started_before, script)
-            else:
-                watch_elsewhere(deepspeed, stop, run_dir, started_before, elsewhere)
-        finally:
-            if elsewhere is not None:
-                kill_elsewhere(deepspeed, elsewhere)
-            owned.kill()
-            remove_unused_buffers()
-        return settle(run_dir, started_before, deepspeed.wait(), refusal_file, stop.count)
+    deepspeed = subprocess.Popen(command, env=environment, start_new_session=True)
+    owned = OwnedProcesses(deepspeed)
+    try:
+        if elsewhere is None:
+            watch(deepspeed, owned, stop, script)
+            await_leftovers(owned, stop, run_dir, started_before, script)
+        else:
+            watch_elsewhere(deepspeed, stop, run_dir, started_before, elsewhere)
+    finally:
+        if elsewhere is not None:
+            kill_elsewhere(deepspeed, elsewhere)
+        owned.kill()
+        remove_unused_buffers()
+    return settle(run_dir, started_before, deepspeed.wait(), refusal_file, stop.count)
 
 
 def watch(deepspeed: subprocess.Popen[bytes], owned: OwnedProcesses, stop: StopRequests, script: Path) -> None:
@@ -321,7 +317,7 @@ def settle(
     if of_this_attempt and summary["status"] != "running":
         if summary.get("lost_peer"):
             summary |= cause_of_loss(run_dir, summary)
-            write_json(run_dir / "summary.json", summary)
+            write_summary(run_dir, summary)
         return report(run_dir, summary)
 
     if read_json_object(run_dir / "env.json") is None:
@@ -340,7 +336,10 @@ def settle(
     began = summary["started"] if of_this_attempt else summary.get("ended")
     faults = [] if stop_requests else faults_since(run_dir, began)
     if faults:
-        status, reason = status_of_faults(faults), f"{reason}; see {names_of(faults)}"
+        status, start = status_of_faults(faults)
+        reason = f"{start}{reason}; see {names_of(faults)}"
+    elif not stop_requests and (stacks := faults_since(run_dir, began, "rank*.stacks")):
+        status, reason = "hang", f"{reason}; see {names_of(stacks)}"
     end = {"status": status, "reason": reason, "step": step, "ranks_reported": bool(faults)}
     return report(run_dir, close_summary(run_dir, summary, of_this_attempt, end))
 
@@ -352,7 +351,8 @@ def cause_of_loss(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """
     reason, faults = summary["reason"], faults_since(run_dir, summary["started"])
     if faults:
-        return {"status": status_of_faults(faults), "reason": f"{reason}; see {names_of(faults)}"}
+        status, start = status_of_faults(faults)
+        return {"status": status, "reason": f"{start}{reason}; see {names_of(faults)}"}
     environment = read_json_object(run_dir / "env.json") or {}
     ranks = [environment, *environment.get("attempts", [])][-1].get("world_size", math.inf)
     if 1 + len(faults_since(run_dir, summary["started"], "rank*.lost")) >= ranks:
@@ -360,8 +360,9 @@ def cause_of_loss(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     return {"reason": f"a rank ended without a word; another then lost it ({reason})", "ranks_reported": False}
 
 
-def status_of_faults(faults: list[Path]) -> str:
-    return "oom" if any("OutOfMemoryError" in path.read_text(encoding="utf-8") for path in faults) else "failed"
+def status_of_faults(faults: list[Path]) -> tuple[str, str]:
+    """The status that ranks other than 0 give the run by what they wrote, and how its reason begins."""
+    return status_of_text("\n".join(path.read_text(encoding="utf-8") for path in faults))
 
 
 def names_of(faults: list[Path]) -> str:
@@ -389,8 +390,16 @@ def close_summary(run_dir: Path, summary: dict[str, Any], of_this_attempt: bool,
         spent = datetime.fromisoformat(ended) - datetime.fromisoformat(summary["started"])
         closed["total_time_min"] = summary.get("total_time_min", 0.0) + spent.total_seconds() / 60
     closed.setdefault("config_hash", (read_json_object(run_dir / "env.json") or {}).get("config_hash"))
-    write_json(run_dir / "summary.json", closed)
+    write_summary(run_dir, closed)
     return closed
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Where the disk is full, what is printed has to do."""
+    try:
+        write_json(run_dir / "summary.json", summary)
+    except OSError as fault:
+        say(f"{run_dir / 'summary.json'} could not be written: {fault}")
 
 
 def last_logged_step(run_dir: Path) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import resource
-import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+SLOW_SECONDS = 1.0
 WARM_UP_STEPS = 3  # first steps of every start: allocator, caches and kernels warm up; kept out of throughput
 
 
@@ -54,41 +55,55 @@ class StepTimer:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop, and so does a file, where launch.run can send no signal to the ranks.
+    """The agreement of all ranks to stop. Each knows of a request by itself (launch/rank_watch.py), or does not yet.
 
-    All ranks agree on a step, save and end. A second SIGINT kills.
+    All ranks ask at the same places: after every step, between the batches of a validation, before a sample.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
-        self.asked = False
-        self.file = file
-        self.interrupts = 0
-        self.pending: torch.Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(name, self._ask)
+    def __init__(self, asked: Callable[[], bool], stand_by: Callable[[], None]) -> None:
+        self.asked, self.stand_by = asked, stand_by
+        self.agreed = False
+        self.slow = False
+        self.last_call = math.inf
+        self.pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def _ask(self, number: int, _: object) -> None:
-        self.asked = True
-        self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1:
-            raise KeyboardInterrupt
+    def agreed_by_all_ranks(self, device: torch.device | str, wait: bool = False) -> bool:
+        """Whether any rank knew of a request; once it is so, it stays so.
 
-    def agreed_by_all_ranks(self, device: torch.device | str) -> bool:
-        """Whether any rank had been asked one step ago. A step late, so that the host need not wait for the device."""
-        asked = self.asked or (self.file is not None and self.file.exists())
-        flag = torch.full((1,), float(asked), device=device)
+        On a GPU the answer is that of the call before, so that the host need not wait for the device; unless `wait`, or
+        more than SLOW_SECONDS passed between calls, when waiting costs little and a step later would be late.
+        """
+        if self.agreed:
+            return True
+        now = time.monotonic()
+        slow, self.last_call = now - self.last_call > SLOW_SECONDS, now
+        previous, self.pending = self.pending, self._told(2.0 if self.asked() else float(slow), device)
+        newest = self.pending if wait or self.slow or self.pending[1] is None else previous
+        answer = max(self._read(flag) for flag in (previous, newest))
+        self.slow = answer == 1.0
+        self.agreed = answer > 1.0
+        if self.agreed:
+            self.stand_by()
+        return self.agreed
+
+    def _told(self, value: float, device: torch.device | str) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The largest value of all ranks, on its way to the host."""
+        flag = torch.full((1,), value, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        previous, self.pending = self.pending, flag
-        if torch.device(device).type == "cuda":
-            host = torch.empty(1, pin_memory=True)
-            host.copy_(flag, non_blocking=True)
-            self.copied, copied = torch.cuda.Event(), self.copied
-            self.copied.record()
-            self.pending = host
-            if copied is not None:
-                copied.synchronize()
-        return previous is not None and bool(previous.item())
+        if torch.device(device).type != "cuda":
+            return flag, None
+        host = torch.empty(1, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return host, copied
+
+    def _read(self, flag: tuple[torch.Tensor, torch.cuda.Event | None] | None) -> float:
+        if flag is None:
+            return 0.0
+        if flag[1] is not None:
+            flag[1].synchronize()
+        return flag[0].item()
 
 
 def peak_memory_mib(device: torch.device | str) -> float:
@@ -102,3 +117,10 @@ def max_over_ranks(value: float, device: torch.device | str) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def told_by_all_ranks(own: Any) -> list[Any]:
+    """What every rank passed, in rank order, on every rank."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    return told

@@ -7,11 +7,12 @@ import sys
 
 import torch.distributed as dist
 
-import train
+from launch.faults import lost_peer
 from launch.run_config import REPO_ROOT
 
 LOSE_RANK_1 = """
-import os, sys, time, torch, torch.distributed as dist, train
+import os, sys, time, torch, torch.distributed as dist
+from launch.faults import lost_peer
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))
 if dist.get_rank() == 1:
@@ -20,7 +21,7 @@ try:
     for _ in range(100):
         dist.all_reduce(torch.ones(1))
 except RuntimeError as error:
-    print("lost_peer", train.lost_peer(error), flush=True)
+    print("lost_peer", lost_peer(error), flush=True)
     os._exit(0)
 """
 
@@ -45,6 +46,6 @@ def test_gloo_tells_that_a_peer_is_gone() -> None:
 
 
 def test_nccls_errors_are_a_lost_peer_and_an_error_of_the_model_is_not() -> None:
-    assert train.lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
-    assert not train.lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not train.lost_peer(ValueError("gloo/transport"))
+    assert lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_peer(ValueError("gloo/transport"))

@@ -88,18 +88,16 @@ def test_a_node_that_does_not_see_the_run_folders_place_is_refused_on_all_ranks(
     assert answers[0].endswith(" does not see the runs of launch.run. Name a folder on storage that all nodes share.")
 
 
-def stops_heard_on_this_rank(stop_file: Path) -> list[bool]:
-    """What three calls say; rank 0 finds the file before the second."""
+def stops_agreed_on_this_rank() -> list[bool]:
+    """What three calls say, and whether the watch was told. Rank 1 is asked at the second call."""
     import torch.distributed as dist
 
     import train
 
-    stop = train.StopRequest(stop_file if dist.get_rank() == 0 else None)
-    heard = [stop.agreed_by_all_ranks("cpu")]
-    if dist.get_rank() == 0:
-        stop_file.touch()
-    return [*heard, stop.agreed_by_all_ranks("cpu"), stop.agreed_by_all_ranks("cpu")]
+    asked, told = iter([False, dist.get_rank() == 1]), []
+    stop = train.StopRequest(lambda: next(asked), lambda: told.append(True))
+    return [*(stop.agreed_by_all_ranks("cpu") for _ in range(3)), told == [True]]
 
 
-def test_a_file_that_rank_0_sees_stops_all_ranks_one_step_later(two_ranks: RankPool, tmp_path: Path) -> None:
-    assert two_ranks.run(stops_heard_on_this_rank, tmp_path / "stop") == [[False, False, True]] * 2
+def test_what_one_rank_was_asked_stops_all_at_the_same_call_and_for_good(two_ranks: RankPool) -> None:
+    assert two_ranks.run(stops_agreed_on_this_rank) == [[False, True, True, True]] * 2

@@ -1,130 +1,91 @@
-"""The faults that tests inject happen when and as they are meant to (tests/faults.py)."""
+"""What ends a run, put in a status and a line."""
 
 import errno
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from launch.run_config import REPO_ROOT
-from tests.faults import NOTES, PLAN, RUN_DIR, Fault, Injector, flip_bit, plan_as_text, truncate
+from launch import faults
+from launch.environment import utc_now
+from launch.faults import status_of, status_of_text
+from launch.run_dir import read_summary, write_json
+from launch.run_log import RunLog
+from launch.supervise import settle
+from model.config import CheckpointError
 
-REACH = """
-import os, sys
-from model.phases import reached
-from tests import faults
-faults.install(int(os.environ["RANK"]))
-for phase in sys.argv[1:]:
-    reached(phase)
-"""
-FULL = """
-import sys
-from pathlib import Path
-from tests.faults import fill_disk
-folder = Path(sys.argv[1])
-(folder / "before").write_bytes(bytes(100))
-fill_disk(str(folder / "full"), 1000)
-(folder / "full" / "small").write_text("x" * 400)
-(folder / "elsewhere").write_bytes(bytes(10_000))
-try:
-    with open(folder / "full" / "large", "wb") as file:
-        file.write(bytes(700))
-except OSError as error:
-    print(error.errno, error.filename)
-assert (folder / "full" / "small").read_text() == "x" * 400
-"""
+FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl")
 
 
-def reach(folder: Path, fault: Fault, rank: int, *phases: str) -> int:
-    (folder / "notes").mkdir(exist_ok=True)
-    faults = {PLAN: plan_as_text([fault]), NOTES: str(folder / "notes"), RUN_DIR: str(folder)}
-    environment = {**os.environ, **faults, "RANK": str(rank), "PYTHONPATH": str(REPO_ROOT)}
-    return subprocess.run([sys.executable, "-c", REACH, *phases], env=environment, check=False).returncode
+def test_memory_that_ran_out_is_called_so() -> None:
+    assert status_of(torch.OutOfMemoryError("CUDA out of memory.\nmore")) == (
+        "oom",
+        "OutOfMemoryError: CUDA out of memory.",
+    )
+    assert status_of(MemoryError())[0] == "oom"
+    assert status_of(RuntimeError("shapes"))[0] == "failed"
+    assert status_of_text("Traceback ...\ntorch.OutOfMemoryError: x") == ("oom", "")
+    assert status_of_text("Traceback ...\nAssertionError") == ("failed", "")
 
 
-def test_a_fault_comes_when_its_rank_reaches_its_phase_for_the_nth_time(tmp_path: Path) -> None:
-    kill = Fault("SIGKILL", 1, "forward", times=2)
-    assert reach(tmp_path, kill, 0, "forward", "forward", "forward") == 0
-    assert reach(tmp_path, kill, 1, "forward", "update") == 0
-    assert not (tmp_path / "notes" / "faults.jsonl").exists()
-    assert reach(tmp_path, kill, 1, "forward", "save: write", "forward") == -signal.SIGKILL
-    (note,) = map(json.loads, (tmp_path / "notes" / "faults.jsonl").read_text().splitlines())
-    assert (note["fault"], note["phase"]) == (str(kill), "forward")
-    phases = (tmp_path / "notes" / "phase1").read_text()
-    assert phases.split() == ["forward", "save:", "write"], "what the rank was doing, and its thread"
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_called_so_with_the_path_and_the_way_out(number: int) -> None:
+    error = OSError(number, "No room", "/runs/a/metrics.jsonl")
+    told = (
+        "failed",
+        "disk full: /runs/a/metrics.jsonl: No room. Make room; the same command goes on from the last checkpoint",
+    )
+    assert status_of(error) == told
+    try:
+        raise CheckpointError("step_00000005 could not be saved") from error
+    except CheckpointError as raised:
+        assert status_of(raised) == told
+    assert status_of_text(f"Traceback ...\nOSError: [Errno {number}] No room: 'x'") == ("failed", "disk full: ")
+    assert status_of(OSError(errno.EACCES, "Permission denied"))[1].startswith("PermissionError: ")
 
 
-def test_a_fault_of_a_step_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(NOTES, raising=False)
-    fault = Fault("slow", 0, "forward", times=2, step=5)
-    injector = Injector([fault], 0)
-    injector.step = 4
-    assert [injector.due("forward") for _ in range(3)] == [[], [], []]
-    injector.step = 5
-    assert [injector.due("forward") for _ in range(3)] == [[], [fault], []]
+@pytest.mark.parametrize("lost_peer", [True, False])
+def test_a_disk_that_was_full_on_another_rank_is_why_the_run_ended(tmp_path: Path, lost_peer: bool) -> None:
+    write_json(tmp_path / "env.json", {"config_hash": "abc"})
+    end = {"status": "failed", "lost_peer": True} if lost_peer else {"status": "running"}
+    write_json(tmp_path / "summary.json", {"started": utc_now(), "reason": "lost", "step": 3, **end})
+    (tmp_path / "rank1.err").write_text("OSError: [Errno 28] No space left on device: '/runs/a/x'")
+    assert settle(tmp_path, "before", 1, tmp_path / "none", stop_requests=0) == 4
+    summary = read_summary(tmp_path) or {}
+    assert summary["reason"].startswith("disk full: ")
+    assert summary["reason"].endswith("; see rank1.err")
 
 
-def test_the_newest_file_that_a_pattern_names_is_damaged(tmp_path: Path) -> None:
-    for age, name in enumerate(("new", "old")):
-        (tmp_path / name).write_bytes(b"abcdef")
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    assert reach(tmp_path, Fault("flip", 0, "load", bytes=7, file="???"), 0, "load") == 0
-    assert reach(tmp_path, Fault("truncate", 0, "load", bytes=2, file="ol*"), 0, "load") == 0
-    assert ((tmp_path / "new").read_bytes(), (tmp_path / "old").read_bytes()) == (b"accdef", b"ab")
+def test_stacks_without_a_final_status_tell_of_a_hang(tmp_path: Path) -> None:
+    write_json(tmp_path / "env.json", {"config_hash": "abc"})
+    write_json(tmp_path / "summary.json", {"started": utc_now(), "status": "running", "reason": "", "step": 3})
+    (tmp_path / "rank1.stacks").write_text("{}")
+    assert settle(tmp_path, "before", 4, tmp_path / "none", stop_requests=0) == 4
+    summary = read_summary(tmp_path) or {}
+    assert summary["status"] == "hang"
+    assert summary["reason"] == "ranks ended without a final status; launcher exit code 4; see rank1.stacks"
 
 
-def test_a_full_disk_takes_what_there_is_room_for_and_then_says_so(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    told = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path], cwd=REPO_ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert told.split() == [str(errno.ENOSPC), str(tmp_path / "full" / "large")]
-    assert {path.name: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()} == {
-        "before": 100,
-        "small": 400,
-        "elsewhere": 10_000,
-        "large": 600,
-    }
+class FullDisk(RunLog):
+    """A log whose summary finds no room the first `times`."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.written = times, []
+
+    def finish(self, status: Any, reason: str, figures: dict[str, Any]) -> None:
+        self.times -= 1
+        if self.times >= 0:
+            raise FULL
+        self.written.append((status, reason, figures))
 
 
-def test_a_flipped_bit_leaves_size_and_time_and_comes_back(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"abc")
-    before = file.stat()
-    flip_bit(file, -1, 3)
-    assert file.read_bytes() == b"abk"
-    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    flip_bit(file, -1, 3)
-    truncate(file, 9)
-    assert file.read_bytes() == b"abc"
-
-
-def test_after_a_power_cut_only_what_was_flushed_has_its_content(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    program = """
-import os, pathlib, subprocess, sys, time
-if len(sys.argv) == 1:
-    sys.exit(subprocess.run([sys.executable, sys.argv[0], "rank"]).returncode)
-from tests import faults
-from model.phases import reached
-faults.install(0)
-for name in ("flushed", "lost"):
-    with open(pathlib.Path(os.environ["MOELAB_TEST_RUN_DIR"], "checkpoints", name), "w") as file:
-        file.write("content")
-        file.flush()
-        if name == "flushed":
-            os.fsync(file.fileno())
-reached("save: latest")
-"""
-    (tmp_path / "program.py").write_text(program)
-    (tmp_path / "notes").mkdir()
-    plan = plan_as_text([Fault("power", 0, "save: latest")])
-    faults = {PLAN: plan, NOTES: str(tmp_path / "notes"), RUN_DIR: str(tmp_path), "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run([sys.executable, tmp_path / "program.py"], env={**os.environ, **faults}, check=False)
-    assert done.returncode == 256 - signal.SIGKILL
-    contents = {path.name: path.read_text() for path in (tmp_path / "checkpoints").iterdir()}
-    assert contents == {"flushed": "content", "lost": ""}
+def test_a_summary_that_finds_no_room_is_tried_again_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(faults.time, "sleep", lambda _: None)
+    log = FullDisk(times=2)
+    faults.finish(log, "failed", "disk full: x", {"step": 3})
+    assert log.written == [("failed", "disk full: x", {"step": 3})]
+    faults.finish(FullDisk(times=99), "failed", "disk full: x", {})
+    assert "failed: disk full: x; summary.json may not say so: [Errno 28]" in capsys.readouterr().err
