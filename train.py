@@ -254,10 +254,17 @@ def begin_with(start: Start, data: Data) -> BeginWith:
     folder = start.args.run_dir / "checkpoints"
     name, manifest, notes = choose_checkpoint(folder, [checkpoint_name(step) for step in start.beginning.steps], here)
     saved = manifest.state
-    latest = latest_step(start.args.run_dir)
+    latest, later = latest_step(start.args.run_dir), [step for step in start.beginning.steps if step > saved.step]
     if start.args.resume == "auto" and latest != saved.step:
         named = "nothing" if latest is None else checkpoint_name(latest)
         notes.append(f"{folder / 'latest'} names {named}; the newest checkpoint that is whole is {name}")
+    elif (
+        later
+    ):  # of a branch that was abandoned with --resume STEP; or somebody, or a flipped bit, has changed `latest`
+        steps = ", ".join(checkpoint_name(step) for step in sorted(later))
+        notes.append(
+            f"{folder / 'latest'} names {name}, though later ones are there ({steps}); --resume STEP takes one"
+        )
     for key in ("world_size", "ep_size", "zero_stage"):
         before, now = getattr(saved, key), getattr(here, key)
         if before != now:
@@ -666,8 +673,8 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def last_saved(self) -> str:
-        latest = self.checkpoints / "latest"
-        return latest.read_text().strip() if latest.exists() else "none"
+        step = latest_step(self.run_dir)
+        return "none" if step is None else checkpoint_name(step)
 
     def describe(self) -> None:
         """Say once what is about to run."""

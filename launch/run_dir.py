@@ -80,20 +80,21 @@ def checkpoint_name(step: int) -> str:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoint folders, oldest first."""
+    """Steps of the checkpoint folders, oldest first; also of one that was to be replaced (model/checkpoint.py)."""
     folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.glob("step_*") if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
+    names = {path.name.removeprefix("replaced_") for path in folder.glob("*") if path.is_dir()}
+    numbers = [name.removeprefix("step_") for name in names if name.startswith("step_")]
+    return sorted(int(number) for number in numbers if number.isdecimal() and number.isascii())
 
 
 def steps_to_resume(run_dir: Path) -> tuple[int, ...]:
     """The steps to try, the preferred one first: what `latest` names, then older ones, then those of later steps.
 
-    The latter come last because they are of a branch that was abandoned with --resume STEP. Without `latest`, or if it
-    names nothing, the newest is the preferred one. A checkpoint that is there but damaged is found by who loads it.
+    The latter come last because they are of a branch that was abandoned with --resume STEP. Where `latest` names none
+    that is there, the newest is the preferred one. One that is there but damaged is found by who loads it.
     """
     saved, latest = saved_steps(run_dir), latest_step(run_dir)
-    if latest is None:
+    if latest not in saved:
         return tuple(reversed(saved))
     older, later = [step for step in saved if step < latest], [step for step in saved if step > latest]
     return (latest, *reversed(older), *reversed(later))
@@ -103,10 +104,11 @@ def latest_step(run_dir: Path) -> int | None:
     """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none."""
     try:
         name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
     number = name.removeprefix("step_")
-    return int(number) if name.startswith("step_") and number.isdecimal() and number.isascii() else None
+    is_name = number.isdecimal() and number.isascii() and name == checkpoint_name(int(number))
+    return int(number) if is_name else None
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

@@ -8,22 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "deepspeed_allreduce_buffer_"
+YOUNG_SECONDS = 2.0  # a rank fills its buffer, then maps it: without it, its peers would wait for it for ever
 
 
 def remove_unused_buffers(folder: Path = SHARED_MEMORY, processes: Path = Path("/proc")) -> list[str]:
-    """Remove this user's buffers that no process has mapped; returns their names. Those of living ranks are mapped."""
+    """Remove this user's buffers that no process has mapped; returns their names. Those of living ranks are mapped.
+
+    One that is younger than YOUNG_SECONDS may be about to be, by a rank of another run: it is looked at again.
+    """
     own = [path for path in folder.glob(f"{PREFIX}{os.getuid()}_*") if path.is_file()] if folder.is_dir() else []
-    if not own:
+    unused = not_mapped(own, processes)
+    youngest = 0.0
+    for path in unused:
+        with contextlib.suppress(FileNotFoundError):  # another launch.run was faster
+            youngest = max(youngest, path.stat().st_mtime)
+    if (wait := youngest + YOUNG_SECONDS - time.time()) > 0:
+        time.sleep(wait)
+        unused = not_mapped(unused, processes)
+    for path in unused:
+        path.unlink(missing_ok=True)
+    return sorted(path.name for path in unused)
+
+
+def not_mapped(buffers: list[Path], processes: Path) -> list[Path]:
+    if not buffers:
         return []
     mapped = set()
     for maps in processes.glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # ended, or not ours
             mapped |= {line.rpartition("/")[2] for line in maps.read_text().splitlines() if PREFIX in line}
-    unused = sorted(path for path in own if path.name not in mapped)
-    for path in unused:
-        path.unlink(missing_ok=True)
-    return [path.name for path in unused]
+    return [path for path in buffers if path.name not in mapped]

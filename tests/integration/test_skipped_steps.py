@@ -264,8 +264,8 @@ def test_a_gradient_that_is_not_finite_is_found_where_the_loss_is(two_ranks: Ran
     assert train(two_ranks, run_dir, Fault("gradient", 1, range(3, 100)), *settings) == EXIT_FAILED
     assert summary(run_dir)["reason"] == (
         "no update in step 3: the losses are finite, but the gradients' norm is not (1 in a row, 0 allowed); "
-        "last saved: step_00000000; first in the backward pass: the gradient of blocks.1.attention.k_proj.weight (layer 1) "
-        "on rank 1, in micro-step 1 of 2"
+        "last saved: step_00000000; first in the backward pass: the gradient of blocks.1.attention.k_proj.weight "
+        "(layer 1) on rank 1, in micro-step 1 of 2"
     )
 
 

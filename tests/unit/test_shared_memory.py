@@ -14,6 +14,7 @@ HOLD = "import mmap, sys; file = open(sys.argv[1], 'r+b'); m = mmap.mmap(file.fi
 def buffer(folder: Path, name: str) -> Path:
     path = folder / f"{PREFIX}{name}"
     path.write_bytes(bytes(mmap.PAGESIZE))
+    os.utime(path, (0, 0))
     return path
 
 
@@ -29,6 +30,16 @@ def test_a_buffer_stays_while_a_process_has_it_mapped_and_goes_afterwards(tmp_pa
     rank.communicate()
     assert remove_unused_buffers(tmp_path) == [held.name]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_that_a_rank_of_another_run_has_made_and_not_yet_mapped_stays(tmp_path: Path) -> None:
+    young = buffer(tmp_path, f"{os.getuid()}_127.0.0.1_29500_0")
+    os.utime(young)
+    hold = [sys.executable, "-c", f"import time; time.sleep(0.5); {HOLD}", young]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank:
+        assert remove_unused_buffers(tmp_path) == []
+        assert young.exists()
+        rank.kill()
 
 
 def test_what_belongs_to_others_is_left_alone(tmp_path: Path) -> None:
