@@ -258,13 +258,10 @@ def begin_with(start: Start, data: Data) -> BeginWith:
     if start.args.resume == "auto" and latest != saved.step:
         named = "nothing" if latest is None else checkpoint_name(latest)
         notes.append(f"{folder / 'latest'} names {named}; the newest checkpoint that is whole is {name}")
-    elif (
-        later
-    ):  # of a branch that was abandoned with --resume STEP; or somebody, or a flipped bit, has changed `latest`
+    elif later:
+        # of a branch that was abandoned with --resume STEP; or somebody, or a flipped bit, has changed `latest`
         steps = ", ".join(checkpoint_name(step) for step in sorted(later))
-        notes.append(
-            f"{folder / 'latest'} names {name}, though later ones are there ({steps}); --resume STEP takes one"
-        )
+        notes.append(f"{folder / 'latest'} names {name}, though later ones are there ({steps}); see --resume STEP")
     for key in ("world_size", "ep_size", "zero_stage"):
         before, now = getattr(saved, key), getattr(here, key)
         if before != now:

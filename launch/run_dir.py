@@ -2,6 +2,7 @@
 
 config.json  env.json  metrics.jsonl  expert_load.jsonl  summary.json  log.txt  checkpoints/  wandb/
 rank*.err  rank*.lost  faults of ranks other than 0, and that they lost another rank
+requests.jsonl  rank*.stacks  of an attempt that was stopped or hung: who was asked, what every thread was doing
 profile/  of the last attempt with run.train.profile_steps: trace.json.gz  table.md  parts.json (model/profile.py)
 """
 
