@@ -102,6 +102,8 @@ def main(start: Start) -> int:
         return EXIT_CODES.get(status, EXIT_FAILED)
     except BaseException as error:  # of any kind: it is written down, and the run has failed
         status, reason = status_of(error)
+        if trainer is not None and isinstance(error, NotFinite | LossSpike):
+            reason += f"; last saved: {trainer.last_saved()}"
         record_fault(run_dir, start.rank, log, error)
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
@@ -396,7 +398,6 @@ class Trainer:
         self.log.say(told)
         if skipped.in_a_row <= most:
             return
-        told += f"; last saved: {self.last_saved()}"
         if skipped.spike is not None:
             raise LossSpike(told)
         stride = self.data.train.batches.samples_per_micro_step
@@ -534,7 +535,7 @@ class Trainer:
         nats, targets = sums.t().tolist()
         metrics = self.data.val.metrics(nats, targets)
         if not math.isfinite(metrics.get("val/loss", 0.0)):
-            raise NotFinite(f"val/loss={metrics['val/loss']} at step {self.step}; last saved: {self.last_saved()}")
+            raise NotFinite(f"val/loss={metrics['val/loss']} at step {self.step}")
         self.tell_recompiles("validation")
         return metrics
 
@@ -557,7 +558,7 @@ class Trainer:
             return
         self.save_due = False
         refuse_stale(self.engine.module)
-        refuse_not_finite_weights(self.engine.module, self.step, self.last_saved())
+        refuse_not_finite_weights(self.engine.module, self.step)
         state = TrainingState(**{**vars(self.state), "step": self.step, "samples": self.samples})
         save_checkpoint(self.engine, self.checkpoints, checkpoint_name(self.step), state, self.run.train.keep_last)
         self.saved_step = self.step
