@@ -139,6 +139,8 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
         if not isinstance(error, NotFinite | LossSpike):  # which say all in their one line
             faults.record_fault(run_dir, start.rank, log, error)
+        elif trainer is not None:
+            reason += f"; last saved: {trainer.last_saved()}"
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
             faults.finish(log, status, reason, figures | {"lost_peer": faults.lost_peer(error) or None})
@@ -474,8 +476,6 @@ class Trainer:
         self.log.say(told)
         if skipped.in_a_row <= most:
             return
-        self.writer.wait()
-        told += f"; last saved: {self.last_saved()}"
         if skipped.spike is not None:
             raise LossSpike(told)
         stride = self.data.train.batches.samples_per_micro_step
@@ -619,8 +619,7 @@ class Trainer:
         nats, targets = sums.t().tolist()
         metrics = self.data.val.metrics(nats, targets)
         if not math.isfinite(metrics.get("val/loss", 0.0)):
-            self.writer.wait()
-            raise NotFinite(f"val/loss={metrics['val/loss']} at step {self.step}; last saved: {self.last_saved()}")
+            raise NotFinite(f"val/loss={metrics['val/loss']} at step {self.step}")
         self.tell_recompiles("validation")
         return metrics
 
@@ -645,7 +644,7 @@ class Trainer:
             return
         self.save_due = False
         refuse_stale(self.engine.module)
-        refuse_not_finite_weights(self.engine.module, self.step, self.last_saved())
+        refuse_not_finite_weights(self.engine.module, self.step)
         state = {"step": self.step, "samples": self.samples, "guard": self.guard.state()}
         partition = TrainingPartition(self.engine, self.topology.ep_size)
         self.writer.save(partition, checkpoint_name(self.step), self.state.model_copy(update=state))

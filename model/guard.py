@@ -140,7 +140,9 @@ class UpdateGuard:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned; from nothing, where nothing was kept."""
+        if not state:
+            return
         self.skipped_steps, self.skipped_spikes = state["skipped_steps"], state["skipped_spikes"]
         self.in_a_row = state["in_a_row"]
         losses = torch.tensor(state["accepted"], dtype=torch.float64, device=self.engine.device)

@@ -153,11 +153,11 @@ def not_finite_tensors(model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
-def refuse_not_finite_weights(model: nn.Module, step: int, last_saved: str) -> None:
+def refuse_not_finite_weights(model: nn.Module, step: int) -> None:
     """Raise NotFinite on every rank alike if a weight or buffer is not finite: a save would push out one that is."""
     found = not_finite_tensors(model)
     if found:
-        raise NotFinite(f"not saved after step {step}: not finite are {in_words(found)}; last saved: {last_saved}")
+        raise NotFinite(f"not saved after step {step}: not finite are {in_words(found)}")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
