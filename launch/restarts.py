@@ -1,7 +1,8 @@
 """`launch.run --restarts N`: start a run again, in its folder, that died of a fault which may not come back.
 
 An error, memory that ran out, a hang, a rank that was killed: again, from the last checkpoint. Never what is complete,
-was stopped (a killed launcher is a stop too), was refused, became NaN, or found the disk full: that is for a person.
+was stopped (a killed launcher is a stop too), was refused, became NaN or met too many spikes, or found the disk full:
+that is for a person.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from launch.run_dir import EXIT_FAILED, latest_step, read_summary
 from launch.supervise import StopRequests, say, started_of
 
 AGAIN = ("failed", "oom", "hang")
+FOR_A_PERSON = (DISK_FULL, "LossSpike: ")  # how the reasons of such failures begin
 
 
 def run_with_restarts(attempt: Callable[[int], int], run_dir: Path, restarts: int, stop: StopRequests) -> int:
@@ -35,6 +37,6 @@ def why_again(run_dir: Path, started_before: str | None) -> str | None:
     summary = read_summary(run_dir)
     if summary is None or summary["started"] == started_before:
         return "no rank began to train"
-    if summary["status"] not in AGAIN or summary.get("asked_to_stop") or summary["reason"].startswith(DISK_FULL):
+    if summary["status"] not in AGAIN or summary.get("asked_to_stop") or summary["reason"].startswith(FOR_A_PERSON):
         return None
     return f"{summary['status']} ({summary['reason']})"
