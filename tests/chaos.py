@@ -59,6 +59,7 @@ VARIANTS = {
 }
 TARGETS = ("rank 0", "rank 1", "launch.py", "deepspeed", "launch.run")
 STOP_S = 30.0  # a stop that was asked for takes no longer than this
+STOP_STEPS = 30  # nor more steps, of some 20 ms: a request travels between the ranks in a second or less
 PATIENCE_S = 240.0  # an attempt that lasts longer is a finding
 POLL_S = 0.02
 KINDS = ("lost", "silent loads", "orphans", "leaked folders", "mismatches", "false ends")
@@ -190,7 +191,8 @@ class Attempt:
             process.send_signal(signal.Signals[planned.kind])
         except psutil.NoSuchProcess:
             return
-        self.sent = {"time": time.time(), "fault": str(planned), "phase": doing}
+        step = (evidence.results(self.run_dir) or [{"step": 0}])[-1]["step"]
+        self.sent = {"time": time.time(), "fault": str(planned), "phase": doing, "step": step}
 
     @property
     def first_step(self) -> float | None:
@@ -421,6 +423,8 @@ class Life:
         trained = attempt.first_step is not None and outcome.happened[0]["phase"] not in ("build", "load")
         if trained and outcome.status not in ("stopped", "completed"):
             found.append(f"false ends: asked to stop, and ended as {outcome.status} ({outcome.reason})")
+        if outcome.status == "completed" and outcome.happened[0]["step"] < STEPS - STOP_STEPS:
+            found.append(f"false ends: asked to stop at step {outcome.happened[0]['step']}, and took all steps")
         return found
 
 
