@@ -57,6 +57,7 @@ from model.flops import count_parameters, flops_per_token, mfu_percent, peak_flo
 from model.fp8_matmul import refuse_fp8
 from model.fp8_weights import refresh_fp8, refuse_stale
 from model.gpt import GPT
+from model.guard import LossSpike, Skipped, UpdateGuard
 from model.loop import (
     WARM_UP_STEPS,
     StepTimer,
@@ -67,6 +68,7 @@ from model.loop import (
 )
 from model.loss import refuse_cross_entropy
 from model.manifest import Manifest, TrainingState
+from model.not_finite import NotFinite, locate, refuse_not_finite_weights
 from model.optim import assign, assignment_table, build_optimizer, set_lr
 from model.partition import TrainingPartition
 from model.phases import listeners, reached
@@ -77,10 +79,6 @@ from model.splits import Data, open_data
 from model.stats import StepStats, StepTotals, bias_metrics
 
 SAVE_PATIENCE_S = 10.0  # after a fault, for a save that is being written; another rank may be gone, and never write
-
-
-class NotFinite(RuntimeError):
-    """A loss or a gradient is NaN or infinite."""
 
 
 def main(start: Start) -> int:
@@ -139,8 +137,10 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         if trainer is not None:
             trainer.writer.finish_alone(SAVE_PATIENCE_S)  # what was copied before the fault is sound
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
-        if status != "nan":  # which says all in its one line
+        if not isinstance(error, NotFinite | LossSpike):  # which say all in their one line
             faults.record_fault(run_dir, start.rank, log, error)
+        elif trainer is not None:
+            reason += f"; last saved: {trainer.last_saved()}"
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
             faults.finish(log, status, reason, figures | {"lost_peer": faults.lost_peer(error) or None})
@@ -256,10 +256,14 @@ def begin_with(start: Start, data: Data) -> BeginWith:
     folder = start.args.run_dir / "checkpoints"
     name, manifest, notes = choose_checkpoint(folder, [checkpoint_name(step) for step in start.beginning.steps], here)
     saved = manifest.state
-    latest = latest_step(start.args.run_dir)
+    latest, later = latest_step(start.args.run_dir), [step for step in start.beginning.steps if step > saved.step]
     if start.args.resume == "auto" and latest != saved.step:
         named = "nothing" if latest is None else checkpoint_name(latest)
         notes.append(f"{folder / 'latest'} names {named}; the newest checkpoint that is whole is {name}")
+    elif later:
+        # of a branch that was abandoned with --resume STEP; or somebody, or a flipped bit, has changed `latest`
+        steps = ", ".join(checkpoint_name(step) for step in sorted(later))
+        notes.append(f"{folder / 'latest'} names {name}, though later ones are there ({steps}); see --resume STEP")
     for key in ("world_size", "ep_size", "zero_stage"):
         before, now = getattr(saved, key), getattr(here, key)
         if before != now:
@@ -308,12 +312,14 @@ class Trainer:
         self.beginning, self.state = beginning, beginning.state
         self.step, self.samples = self.state.step, self.state.samples
         self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last)
+        self.save_due = False  # in a row of skipped steps: after it
         self.saved_step = None
         if beginning.checkpoint is not None:
             self.saved_step = self.step
             self.watch.state_is_saved(self.writer.finish_alone)
         self.began = time.monotonic()
         self.fp8_matrices: dict[str, int] | None = None
+        self.guard = UpdateGuard(self.run.train.spike_factor)
         self.latest: dict[str, float] = {}  # the newest value of every metric
         self.peak_memory_mib = 0.0
         self.counts, self.flops_per_token = count_parameters(self.run.model), flops_per_token(self.run.model)
@@ -337,10 +343,11 @@ class Trainer:
         while self.step < last and not self.stop.agreed:
             stats = self.profiled_step()
             stopping = self.stop.agreed_by_all_ranks(self.engine.device) or self.step == last
-            saving = stopping or self.is_due(train.save_every)
+            self.save_due |= self.is_due(train.save_every)
+            saving = stopping or (self.save_due and not self.guard.in_a_row)  # or it pushes out one from before
             metrics = {}
-            if saving or self.step == 1 or self.is_due(train.log_every) or self.engine.skipped_steps:
-                metrics = self.train_metrics(stats)  # raises NotFinite: what is saved below is sound
+            if saving or self.step == 1 or self.is_due(train.log_every) or self.guard.in_a_row:
+                metrics = self.train_metrics(stats)
             elif self.is_due(train.expert_load_every):
                 self.routing_metrics(stats.reduce())
             if self.is_due(train.eval_every):
@@ -404,6 +411,7 @@ class Trainer:
         flagged = {name for name, parameter in model.named_parameters() if getattr(parameter, "use_muon", False)}
         assert flagged == {row.name for row in assignments if row.optimizer == "muon"}
         assert self.engine.gradient_accumulation_steps() == self.topology.accumulation_steps
+        self.guard.watch(self.engine)
         if self.beginning.checkpoint is not None:
             self.load()
         refresh_fp8(self.engine.module)
@@ -415,6 +423,7 @@ class Trainer:
         assert beginning.manifest is not None
         load_checkpoint(TrainingPartition(engine, self.topology.ep_size), beginning.checkpoint, beginning.manifest)
         engine.global_steps, engine.global_samples = self.step, self.samples
+        self.guard.load(self.state.guard)
 
     def apply_fp8(self, model: GPT) -> None:
         """Convert what run.fp8 asks for; the engine must see the final modules."""
@@ -441,7 +450,7 @@ class Trainer:
             earlier = (stats.tokens_per_expert_ME,) if moe is not None and moe.aux_over_global_batch else ()
             loss, micro_stats = self.engine(*batch, *earlier)
             reached("backward")
-            self.engine.backward(loss)
+            self.engine.backward(self.guard.loss(loss, micro_stats.cross_entropy))
             reached("update")
             with part("optimizer"):
                 self.engine.step()
@@ -449,12 +458,30 @@ class Trainer:
             self.samples += self.data.train.batches.samples_per_micro_step
         with part("optimizer"):
             refresh_fp8(self.engine.module)
+        skipped = self.guard.after_update()
         with part("router"):
-            update_selection_bias(self.engine.module, stats.tokens_per_expert_ME)
+            if skipped is None:
+                update_selection_bias(self.engine.module, stats.tokens_per_expert_ME)
         self.timer.stop()
         self.step += 1
         self.tell_recompiles("training step")
+        if skipped is not None:
+            self.tell_skipped(skipped)
         return stats
+
+    def tell_skipped(self, skipped: Skipped) -> None:
+        """Say why the step just done updated nothing; end the run if that is once too often in a row."""
+        most = self.run.train.max_skipped_steps
+        told = f"no update in step {self.step}: {skipped} ({skipped.in_a_row} in a row, {most} allowed)"
+        self.log.say(told)
+        if skipped.in_a_row <= most:
+            return
+        if skipped.spike is not None:
+            raise LossSpike(told)
+        stride = self.data.train.batches.samples_per_micro_step
+        firsts = range(self.samples - self.topology.accumulation_steps * stride, self.samples, stride)
+        batches = [self.on_device(self.data.train.batches.micro_batch(first)) for first in firsts]
+        raise NotFinite(f"{told}; {locate(self.engine.module, batches)}")
 
     def tell_recompiles(self, phase: str) -> None:
         """Say what was compiled in a phase that had been compiled before: its shapes or settings change."""
@@ -525,9 +552,9 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             metrics["train/grad_norm"] = float(norm)
-        self.refuse_not_finite(metrics)
         if True in lr:
             metrics.pop("train/grad_norm", None)  # of Muon's updates (deepspeed 0.19.8): finite or not is all it says
+        metrics |= self.guard.metrics()
         self.peak_memory_mib = max_over_ranks(peak_memory_mib(self.engine.device), self.engine.device)
         metrics |= {
             "train/tokens": float(self.step * self.run.tokens_per_step),
@@ -553,12 +580,6 @@ class Trainer:
         if self.step == 1 or self.is_due(self.run.train.expert_load_every or self.run.train.log_every):
             self.log.log_expert_load(self.step, detail)
         return metrics
-
-    def refuse_not_finite(self, metrics: dict[str, float]) -> None:
-        """Raise NotFinite on every rank alike. ZeRO skips the update of a gradient that is not finite and counts it."""
-        for name in ("train/loss", "train/grad_norm", "val/loss"):
-            if name in metrics and not math.isfinite(metrics[name]):
-                raise NotFinite(f"{name}={metrics[name]} at step {self.step}; last saved: {self.last_saved()}")
 
     def speed(self, seconds: list[float]) -> dict[str, float]:
         """Time and throughput of the given steps, without an attempt's warm-up steps."""
@@ -597,7 +618,8 @@ class Trainer:
         dist.all_reduce(sums)
         nats, targets = sums.t().tolist()
         metrics = self.data.val.metrics(nats, targets)
-        self.refuse_not_finite(metrics)
+        if not math.isfinite(metrics.get("val/loss", 0.0)):
+            raise NotFinite(f"val/loss={metrics['val/loss']} at step {self.step}")
         self.tell_recompiles("validation")
         return metrics
 
@@ -620,10 +642,12 @@ class Trainer:
         """Save this step, once. All ranks call this."""
         if self.saved_step == self.step:
             return
+        self.save_due = False
         refuse_stale(self.engine.module)
-        state = self.state.model_copy(update={"step": self.step, "samples": self.samples})
+        refuse_not_finite_weights(self.engine.module, self.step)
+        state = {"step": self.step, "samples": self.samples, "guard": self.guard.state()}
         partition = TrainingPartition(self.engine, self.topology.ep_size)
-        self.writer.save(partition, checkpoint_name(self.step), state)
+        self.writer.save(partition, checkpoint_name(self.step), self.state.model_copy(update=state))
         self.saved_step = self.step
         self.watch.state_is_saved(self.writer.finish_alone)
 
@@ -685,6 +709,7 @@ class Trainer:
         return {
             "step": self.step,
             "num_steps": self.run.num_steps,
+            "skipped_steps": self.guard.skipped_steps,
             "tokens": self.step * self.run.tokens_per_step,
             **self.latest,
             **self.forced,

@@ -179,6 +179,11 @@ class Comparison:
             found.append("data is synthetic: losses say nothing about language")
         if any(run.summary.get("moe/force_balanced") for run in results):
             found.append("the load of experts is forced in some runs: their losses say nothing about a model")
+        found += [
+            f"{run.name} skipped {run.summary['skipped_steps']} updates (log.txt says why)"
+            for run in results
+            if run.summary.get("skipped_steps")
+        ]
         for entry in self.entries:
             run = entry.result
             if run is not None and completed(entry) and self.timed:

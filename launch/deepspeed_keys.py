@@ -191,7 +191,7 @@ UNSUPPORTED_KEYS = {
         f"zero_optimization.{name}": "communication in fewer bits would be another experiment"
         for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
     },
-    "zero_optimization.compute_grad_norm": "every run logs its gradient norm and ends when it is not finite",
+    "zero_optimization.compute_grad_norm": "every run logs its gradient norm, and skips an update if it is not finite",
     "zero_optimization.legacy_stage1": "deepspeed 0.19.8 has no other stage 1",
 }
 

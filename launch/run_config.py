@@ -70,6 +70,8 @@ class TrainConfig(Section):
     profile_steps: int | None = Field(default=None, ge=1)  # to profile after the warm-up: trace, and time by part
     cross_entropy: CrossEntropy = "chunked"  # logits of all tokens at once, in chunks, or liger-kernel's; model/loss.py
     hang_timeout_s: float | None = Field(default=540.0, ge=1)  # without progress, until all ranks end; null: no end
+    max_skipped_steps: int = Field(default=3, ge=0)  # updates skipped in a row for NaN or spikes; one more ends the run
+    spike_factor: float | None = Field(default=None, gt=1)  # x median of 32 losses: a step above is skipped; null: off
     seed: int = Field(default=0, ge=0)  # of weights, data order and samples
 
     @model_validator(mode="after")
@@ -282,6 +284,7 @@ NOT_IN_HASH = (
     "run.train.expert_load_every",
     "run.train.cross_entropy",
     "run.train.hang_timeout_s",
+    "run.train.max_skipped_steps",
 )
 
 

@@ -2,6 +2,7 @@
 
 config.json  env.json  metrics.jsonl  expert_load.jsonl  summary.json  log.txt  checkpoints/  wandb/
 rank*.err  rank*.lost  faults of ranks other than 0, and that they lost another rank
+requests.jsonl  rank*.stacks  of an attempt that was stopped or hung: who was asked, what every thread was doing
 profile/  of the last attempt with run.train.profile_steps: trace.json.gz  table.md  parts.json (model/profile.py)
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,40 +81,35 @@ def checkpoint_name(step: int) -> str:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoint folders, oldest first."""
+    """Steps of the checkpoint folders, oldest first; also of one that was to be replaced (model/checkpoint.py)."""
     folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.glob("step_*") if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal())
+    names = {path.name.removeprefix("replaced_") for path in folder.glob("*") if path.is_dir()}
+    numbers = [name.removeprefix("step_") for name in names if name.startswith("step_")]
+    return sorted(int(number) for number in numbers if number.isdecimal() and number.isascii())
 
 
 def steps_to_resume(run_dir: Path) -> tuple[int, ...]:
     """The steps to try, the preferred one first: what `latest` names, then older ones, then those of later steps.
 
-    The latter come last because they are of a branch that was abandoned with --resume STEP. Without `latest`, or if it
-    names nothing, the newest is the preferred one. A checkpoint that is there but damaged is found by who loads it.
+    The latter come last because they are of a branch that was abandoned with --resume STEP. Where `latest` names none
+    that is there, the newest is the preferred one. One that is there but damaged is found by who loads it.
     """
     saved, latest = saved_steps(run_dir), latest_step(run_dir)
-    if latest is None:
+    if latest not in saved:
         return tuple(reversed(saved))
     older, later = [step for step in saved if step < latest], [step for step in saved if step > latest]
     return (latest, *reversed(older), *reversed(later))
 
 
 def latest_step(run_dir: Path) -> int | None:
-    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none.
-
-    It holds the name and its CRC-32, without which a bit of a digit would turn it into another one's name. A name alone
-    is taken too.
-    """
+    """The step that checkpoints/latest names, which is written after the checkpoint is whole; None if it names none."""
     try:
-        text = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, IsADirectoryError):
         return None
-    name, *check = text.split() or [""]
     number = name.removeprefix("step_")
-    if not (number.isdecimal() and number.isascii() and name == checkpoint_name(int(number))):
-        return None
-    return int(number) if check in ([], [f"{zlib.crc32(name.encode()):08x}"]) else None
+    is_name = number.isdecimal() and number.isascii() and name == checkpoint_name(int(number))
+    return int(number) if is_name else None
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ TAIL_STEPS = 50
 SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("moe/force_balanced", lambda value: "load forced"),
     ("train/loss", lambda value: f"loss {value:.3f}"),
+    ("train/skipped_steps", lambda value: f"skipped {value:.0f}"),
     ("train/aux_loss", lambda value: f"aux {value:.2f}"),
     ("train/lr", lambda value: f"lr {value:.1e}"),
     ("train/grad_norm", lambda value: f"grad {value:.2f}"),

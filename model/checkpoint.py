@@ -17,7 +17,6 @@ import shutil
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -263,7 +262,7 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     saving.replace(final)
     sync_folder(folder)
     reached("save: latest")
-    write_file(folder / LATEST, f"{name} {zlib.crc32(name.encode()):08x}\n".encode())
+    write_file(folder / LATEST, name.encode())
     if replaced.exists():
         shutil.rmtree(replaced)
 

@@ -368,7 +368,10 @@ class Life:
         return found + [f"leaked folders: checkpoints/{stray[inode]}, after a later save" for inode in still]
 
     def beginning(self, attempt: Attempt, outcome: Outcome, whole: list[str]) -> list[str]:
-        """It continued the newest whole checkpoint, or a newer one than `latest` named, and said which it left out."""
+        """It continued the newest whole checkpoint, or a newer one than `latest` named, and said which it left out.
+
+        An older one only if a bit of `latest` made it name that, and then it says that there are later ones.
+        """
         printed = attempt.printed()
         continued = re.search(r"continued from (step_\d+)", printed)
         outcome.began_at = continued[1] if continued else None
@@ -378,7 +381,9 @@ class Life:
         if continued and continued[1] not in whole:
             return [f"silent loads: continued from {continued[1]}, whole were {', '.join(whole) or 'none'}"]
         began = continued or "\nstep 0/" in printed
-        if began and owed and (not continued or continued[1] < owed[-1]):
+        pointed_at = continued is not None and attempt.named[0] == continued[1]
+        misled = pointed_at and "though later ones are there" in printed
+        if began and owed and not misled and (not continued or continued[1] < owed[-1]):
             return [f"lost: began at {outcome.began_at}, though {owed[-1]} was whole"]
         return []
 

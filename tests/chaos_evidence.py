@@ -26,7 +26,7 @@ SHARED_MEMORY = Path("/dev/shm")
 def latest(run_dir: Path) -> str | None:
     """The checkpoint that `latest` names: one that the run says is durable."""
     with contextlib.suppress(FileNotFoundError):
-        return (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").split(" ")[0]
+        return (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
     return None
 
 

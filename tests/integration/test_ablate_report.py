@@ -210,6 +210,12 @@ def test_what_a_run_ran_on_is_flagged_where_it_differs(copy: Path, change: dict[
     assert any(each.startswith(warning) and "fast" in each for each in report_of(copy).warnings)
 
 
+def test_a_run_that_skipped_updates_is_flagged(copy: Path) -> None:
+    assert not any("skipped" in each for each in report_of(copy).warnings)
+    edit(copy / "legs/fast/repeat1_attempt1/summary.json", lambda summary: summary.update(skipped_steps=2))
+    assert "fast/repeat1 skipped 2 updates (log.txt says why)" in report_of(copy).warnings
+
+
 def test_validation_on_other_data_is_invalid(copy: Path) -> None:
     bits = {"metric": "val/bpb", "at_least": None, "at_most": None, "no_worse_than": "baseline + 2 sigma"}
     edit(copy / "suite.json", lambda suite: suite["gates"].append(bits))

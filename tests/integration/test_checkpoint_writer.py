@@ -246,6 +246,6 @@ def test_the_newest_stay_and_later_steps_of_another_branch_are_not_touched(two_r
         ["latest", name(2), name(3), name(9)],
         ["latest", name(3), name(4), name(9)],
     ]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == name(4) + "\n"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == name(4)
     manifest = read_manifest(tmp_path / "checkpoints" / name(4))
     assert (manifest.state.step, manifest.state.samples) == (4, 32)

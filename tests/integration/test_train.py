@@ -190,11 +190,13 @@ def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path)
     assert summary(run_dir)["status"] == "nan"
     last_saved = (run_dir / "checkpoints" / "latest").read_text().split()[0]
     assert f"last saved: {last_saved}" in summary(run_dir)["reason"]
+    assert last_saved == "step_00000001", "steps whose update is skipped do not push out what was saved before"
     assert all(value.isfinite().all() for value in weights(run_dir, int(last_saved.removeprefix("step_"))).values())
 
 
 def test_an_update_that_is_skipped_between_logged_steps_ends_the_run_at_once(tmp_path: Path) -> None:
     settings = ("optimizer.params.lr=1e30", "gradient_clipping=0", "run.train.log_every=9")
+    settings += ("run.train.max_skipped_steps=0",)
     done = train(1, tmp_path / "run", "--set", *settings)
     assert done.returncode == 4
     assert summary(tmp_path / "run")["status"] == "nan"

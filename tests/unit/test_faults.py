@@ -37,10 +37,9 @@ def test_a_full_disk_is_called_so_with_the_path_and_the_way_out(number: int) -> 
         "disk full: /runs/a/metrics.jsonl: No room. Make room; the same command goes on from the last checkpoint",
     )
     assert status_of(error) == told
-    try:
-        raise CheckpointError("step_00000005 could not be saved") from error
-    except CheckpointError as raised:
-        assert status_of(raised) == told
+    wrapped = CheckpointError("step_00000005 could not be saved")
+    wrapped.__cause__ = error
+    assert status_of(wrapped) == told
     assert status_of_text(f"Traceback ...\nOSError: [Errno {number}] No room: 'x'") == ("failed", "disk full: ")
     assert status_of(OSError(errno.EACCES, "Permission denied"))[1].startswith("PermissionError: ")
 

@@ -184,6 +184,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (model(moe=8), "run.model.moe=8: should be an object."),
     (moe(capacity_factor=-1.0), "run.model.moe.capacity_factor=-1.0: should be greater than or equal to 0."),
     (train(num_steps=0), "run.train.num_steps=0: should be greater than or equal to 1."),
+    (train(max_skipped_steps=-1), "run.train.max_skipped_steps=-1: should be greater than or equal to 0."),
+    (train(spike_factor=1.0), "run.train.spike_factor=1.0: should be greater than 1."),
     (train(profile_steps=0), "run.train.profile_steps=0: should be greater than or equal to 1."),
     (train(hang_timeout_s=0.5), "run.train.hang_timeout_s=0.5: should be greater than or equal to 1."),
     (train(profile_steps=[4, 6]), "run.train.profile_steps=[4, 6]: should be a valid integer."),

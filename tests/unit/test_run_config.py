@@ -329,6 +329,7 @@ def test_a_blend_can_be_named_at_the_prompt(tmp_path: Path) -> None:
         train(profile_steps=2),
         train(expert_load_every=5),
         train(cross_entropy="plain"),
+        train(max_skipped_steps=0),
     ],
     ids=str,
 )
@@ -355,6 +356,7 @@ def test_the_hash_ignores_where_a_run_happens_when_it_pauses_and_what_is_compute
         train(seed=1),
         train(warmup_steps=2),
         train(eval_every=5),
+        train(spike_factor=2.0),
     ],
     ids=str,
 )

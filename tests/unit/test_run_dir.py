@@ -70,7 +70,7 @@ def test_a_missing_or_empty_folder_is_a_fresh_run(tmp_path: Path, resume: str, e
         ({"steps": (5, 10), "latest": "step_00000005 10d43e81"}, Beginning("resume", 10, (10, 5))),  # CRC of another
         ({"steps": (5, 10)}, Beginning("resume", 10, (10, 5))),
         ({"steps": (5, 10, 15, 20), "latest": "step_00000010"}, Beginning("resume", 10, (10, 5, 20, 15))),
-        ({"steps": (5,), "latest": "step_00000010"}, Beginning("resume", 10, (10, 5))),
+        ({"steps": (5, 15), "latest": "step_00000010"}, Beginning("resume", 15, (15, 5))),
         ({"steps": (10,), "latest": "step_00000010", "status": "completed", "step": 10}, Beginning("completed", 10)),
     ],
     ids=str,

@@ -124,8 +124,8 @@ def test_what_works_is_let_through(assignments: list[str]) -> None:
         ),
         (
             ["zero_optimization.compute_grad_norm=false"],
-            "zero_optimization.compute_grad_norm is not supported: every run logs its gradient norm and ends when it "
-            "is not finite. Remove it.",
+            "zero_optimization.compute_grad_norm is not supported: every run logs its gradient norm, and skips an "
+            "update if it is not finite. Remove it.",
         ),
         (
             ["zero_optimization.zero_quantized_gradients=true"],
