@@ -361,8 +361,8 @@ class Life:
         else:
             owed = [name for name in self.owed_buffers if (evidence.SHARED_MEMORY / name).exists()]
             found += [f"leaked folders: {evidence.SHARED_MEMORY / name}" for name in (*buffers, *owed)]
-            left_over = [path for path in attempt.temporary.iterdir() if not path.name.startswith("torchinductor_")]
-            found += [f"leaked folders: {path}" for path in left_over]  # torch's cache is meant to stay
+            left_over = [path for path in attempt.temporary.iterdir() if path.is_dir()]  # killed compilers leave files
+            found += [f"leaked folders: {path}" for path in left_over if not path.name.startswith("torchinductor_")]
             self.owed_buffers = []
         still = evidence.unfinished(self.run_dir).keys() & stray.keys()
         return found + [f"leaked folders: checkpoints/{stray[inode]}, after a later save" for inode in still]
