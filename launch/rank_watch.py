@@ -99,7 +99,7 @@ class RankWatch:
         self.attempt: str | None = None  # None until all ranks have met
         self.peers: list[Peer] = []
         self.neighbours: dict[Peer, psutil.Process] = {}
-        self.faults_before: set[tuple[str, int]] = set()
+        self.faults_before = self._faults()  # of earlier attempts
         self.last_look_for_faults = 0.0
         self.messages_read = 0
 
@@ -125,7 +125,6 @@ class RankWatch:
         if self.rank == 0:
             requests_of(self.run_dir).unlink(missing_ok=True)  # of an earlier attempt; nobody writes before `gather`
         self.finish, self.collectives_block = finish, collectives_block
-        self.faults_before = self._faults()
         self.peers = [Peer(*peer) for peer in gather(self.me)]
         for peer in self.peers:
             if peer.host == self.me.host and peer != self.me:

@@ -59,6 +59,7 @@ VARIANTS = {
 }
 TARGETS = ("rank 0", "rank 1", "launch.py", "deepspeed", "launch.run")
 STOP_S = 30.0  # a stop that was asked for takes no longer than this
+STOP_STEPS = 30  # nor more steps, of some 20 ms: a request travels between the ranks in a second or less
 PATIENCE_S = 240.0  # an attempt that lasts longer is a finding
 POLL_S = 0.02
 KINDS = ("lost", "silent loads", "orphans", "leaked folders", "mismatches", "false ends")
@@ -190,7 +191,8 @@ class Attempt:
             process.send_signal(signal.Signals[planned.kind])
         except psutil.NoSuchProcess:
             return
-        self.sent = {"time": time.time(), "fault": str(planned), "phase": doing}
+        step = (evidence.results(self.run_dir) or [{"step": 0}])[-1]["step"]
+        self.sent = {"time": time.time(), "fault": str(planned), "phase": doing, "step": step}
 
     @property
     def first_step(self) -> float | None:
@@ -359,8 +361,8 @@ class Life:
         else:
             owed = [name for name in self.owed_buffers if (evidence.SHARED_MEMORY / name).exists()]
             found += [f"leaked folders: {evidence.SHARED_MEMORY / name}" for name in (*buffers, *owed)]
-            left_over = [path for path in attempt.temporary.iterdir() if not path.name.startswith("torchinductor_")]
-            found += [f"leaked folders: {path}" for path in left_over]  # torch's cache is meant to stay
+            left_over = [path for path in attempt.temporary.iterdir() if path.is_dir()]  # killed compilers leave files
+            found += [f"leaked folders: {path}" for path in left_over if not path.name.startswith("torchinductor_")]
             self.owed_buffers = []
         still = evidence.unfinished(self.run_dir).keys() & stray.keys()
         return found + [f"leaked folders: checkpoints/{stray[inode]}, after a later save" for inode in still]
@@ -426,6 +428,8 @@ class Life:
         trained = attempt.first_step is not None and outcome.happened[0]["phase"] not in ("build", "load")
         if trained and outcome.status not in ("stopped", "completed"):
             found.append(f"false ends: asked to stop, and ended as {outcome.status} ({outcome.reason})")
+        if outcome.status == "completed" and outcome.happened[0]["step"] < STEPS - STOP_STEPS:
+            found.append(f"false ends: asked to stop at step {outcome.happened[0]['step']}, and took all steps")
         return found
 
 

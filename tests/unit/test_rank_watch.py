@@ -155,6 +155,15 @@ def test_a_fault_that_a_rank_elsewhere_wrote_down_is_a_peers_end(start: Start, r
     assert summary(run_dir)[1] == "rank7 ended, and this rank did not notice in 'ready'"
 
 
+def test_a_fault_of_an_earlier_attempt_is_no_end_of_a_peer(start: Start, run_dir: Path) -> None:
+    (run_dir / "rank1.err").write_text("Traceback")
+    first, _ = start("start_slowly meet saved wait", "meet wait")
+    first.await_line("waiting")
+    first.send(signal.SIGTERM)
+    assert first.code() == 3
+    assert summary(run_dir)[0] == "stopped"
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_ranks_whose_launcher_is_gone_are_asked_to_stop(run_dir: Path, tmp_path: Path, launcher: str) -> None:
     (tmp_path / launcher).write_text("import subprocess, sys; subprocess.run(sys.argv[1:])")

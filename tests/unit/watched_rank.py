@@ -50,6 +50,8 @@ for command in sys.argv[5:]:
             time.sleep(0.01)
         watch.stand_by()
         tell(f"agreed: {watch.asked}")
+    elif command == "start slowly":
+        time.sleep(1)
     elif command == "wait":
         tell("waiting")
         time.sleep(600)
