@@ -33,7 +33,13 @@ ACCURACY = (
     "accuracy 2d-3d groups 4096,3071,0,5121",
 )
 # Of tests/gpu, the slowest last.
-GPU_TESTS = ("test_fp8_gpu.py", "test_fp8_kernels_gpu.py", "test_fp8_runs_gpu.py", "test_routing_gpu.py")
+GPU_TESTS = (
+    "test_fp8_gpu.py",
+    "test_fp8_kernels_gpu.py",
+    "test_checkpoint_gpu.py",
+    "test_fp8_runs_gpu.py",
+    "test_routing_gpu.py",
+)
 RELU2_CASTS = (  # those of the seed's experts; the first word is the function's name
     "quantize_rows x",
     "gather_quantize x",
