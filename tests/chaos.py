@@ -388,12 +388,17 @@ class Life:
         return []
 
     def losses(self, attempt: Attempt) -> list[str]:
-        """What was accepted, and not damaged by us, is there or was removed behind newer ones."""
+        """What was accepted, and not damaged by us, is there, or was removed behind a newer one that is whole.
+
+        A damaged one counts among the KEEP_LAST that stay.
+        """
         now, found = self.trusted(), []
+        present = {path.name for path in evidence.checkpoints(self.run_dir)}
         for name in sorted(self.accepted):
             path = self.run_dir / "checkpoints" / name
             spoilt = name in self.damaged and (not path.exists() or path.stat().st_ino == self.damaged[name])
-            if name not in now and not spoilt and len([other for other in now if other > name]) < KEEP_LAST:
+            replaced = now[-1:] > [name] and len([other for other in present if other > name]) >= KEEP_LAST
+            if name not in now and not spoilt and not (replaced and not path.exists()):
                 found.append(f"lost: {name} was accepted, and is {'damaged' if path.exists() else 'gone'}")
         self.accepted = {name for name in self.accepted if name in now}
         spoilt_in_flight = any(fault.kind in ("flip", "truncate") for fault in attempt.plan.faults)
