@@ -137,6 +137,8 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
         if status != "nan":  # which says all in its one line
             faults.record_fault(run_dir, start.rank, log, error)
+            if faults.lost_peer(error):
+                watch.speak_for_rank_0("rank 0 ended without a word")
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
             faults.finish(log, status, reason, figures | {"lost_peer": faults.lost_peer(error) or None})
