@@ -338,7 +338,7 @@ class RankWatch:
         while not (saved := self.durable(TICK_SECONDS)) and time.monotonic() < deadline:
             self._hear_signals(time.monotonic())
         if saved:
-            self._end_run("stopped", f"{self.asked}, in {self.phase!r} of a step not yet taken")
+            self._end_run("stopped", f"{self.asked}, in {self.phase!r}, with nothing new to save")
             leave(EXIT_STOPPED)
         reason = f"{self.asked}, and the checkpoint was not on disk {SAVE_SECONDS:g} s later"
         self._end_run("failed", reason, {"asked_to_stop": True})

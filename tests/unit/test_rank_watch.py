@@ -102,7 +102,7 @@ def test_a_stop_while_nothing_is_lost_ends_a_run_whose_ranks_are_far_from_a_boun
     second.await_line("waiting")
     second.send(signal.SIGTERM)
     assert (first.code(), second.code()) == (3, 3)
-    assert summary(run_dir) == ("stopped", "SIGTERM to rank 1, in 'forward' of a step not yet taken")
+    assert summary(run_dir) == ("stopped", "SIGTERM to rank 1, in 'forward', with nothing new to save")
 
 
 def test_after_an_update_has_begun_the_watch_waits_for_the_boundary(start: Start, run_dir: Path) -> None:
