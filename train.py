@@ -139,8 +139,13 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
         if not isinstance(error, NotFinite | LossSpike):  # which say all in their one line
             faults.record_fault(run_dir, start.rank, log, error)
-        elif trainer is not None:
-            reason += f"; last saved: {trainer.last_saved()}"
+        if isinstance(error, NotFinite | LossSpike):  # which say all in their one line
+            if trainer is not None:
+                reason += f"; last saved: {trainer.last_saved()}"
+        else:
+            faults.record_fault(run_dir, start.rank, log, error)
+            if faults.lost_peer(error):
+                watch.speak_for_rank_0("rank 0 ended without a word")
         if log is not None:
             figures = trainer.figures(timed=False) if trainer is not None else {}
             faults.finish(log, status, reason, figures | {"lost_peer": faults.lost_peer(error) or None})

@@ -32,6 +32,7 @@ import psutil
 
 from launch.ancestors import is_alive
 from launch.run_dir import EXIT_CODES, EXIT_FAILED, EXIT_STOPPED, Status, read_summary
+from launch.supervise import close_summary, last_logged_step
 
 TICK_SECONDS = 0.5
 REPEAT_SECONDS = 1.0  # signals that are no further apart are one: a terminal and a launcher pass the same one on
@@ -180,6 +181,22 @@ class RankWatch:
         self.ears.close()
         self.voice.close()
 
+    def speak_for_rank_0(self, why: str, status: Status = "failed") -> None:
+        """Where rank 0 can write no summary any more, the first of the ranks beside it that is left does.
+
+        Without launch.run nobody else would. Of ranks on other hosts nobody knows whether they are left.
+        """
+        if self.rank == 0 or not self.peers or self.peers[0] not in self.neighbours:
+            return
+        left = [peer.rank for peer, process in self.neighbours.items() if is_alive(process)]
+        if status == "failed" and min(left, default=self.rank) < self.rank:
+            return
+        summary = read_summary(self.run_dir) or {}
+        if summary.get("status") == "running":
+            end = {"status": status, "reason": why, "step": last_logged_step(self.run_dir), "ranks_reported": False}
+            with contextlib.suppress(OSError):
+                close_summary(self.run_dir, summary, True, end)
+
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -320,7 +337,7 @@ class RankWatch:
         while not (saved := self.durable(TICK_SECONDS)) and time.monotonic() < deadline:
             self._hear_signals(time.monotonic())
         if saved:
-            self._end_run("stopped", f"{self.asked}, in {self.phase!r} of a step not yet taken")
+            self._end_run("stopped", f"{self.asked}, in {self.phase!r}, with nothing new to save")
             leave(EXIT_STOPPED)
         reason = f"{self.asked}, and the checkpoint was not on disk {SAVE_SECONDS:g} s later"
         self._end_run("failed", reason, {"asked_to_stop": True})
@@ -341,6 +358,7 @@ class RankWatch:
         else:
             with contextlib.suppress(OSError):
                 (self.run_dir / f"rank{self.rank}.lost").write_text(reason + "\n", encoding="utf-8")
+            self.speak_for_rank_0(reason)
         leave(EXIT_FAILED)
 
     def _end_killed(self, why: str) -> None:
@@ -358,6 +376,8 @@ class RankWatch:
             self._end_run("hang", f"{why}; {self._who_hangs()}; see rank*.stacks")
         else:
             self._await_summary(NOTES_SECONDS + 2 * FINISH_SECONDS)
+            if self.rank == 1:
+                self.speak_for_rank_0(f"{why}; no word from rank 0; see rank*.stacks", "hang")
         leave(EXIT_FAILED)
 
     def _end_run(self, status: Status, reason: str, figures: dict[str, Any] | None = None) -> None:

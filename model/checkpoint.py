@@ -52,6 +52,7 @@ from model.tensor_files import DTYPE_NAMES, DTYPES, open_tensors, write_tensors
 BUFFER = "buffer"
 SAVING, REPLACED = "saving_", "replaced_"  # before a folder's name: being written, and making room for its successor
 POLL_SECONDS = 0.02
+ALIVE_SECONDS = 5.0  # between signs of life while training waits for a save
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -91,18 +92,20 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until the last save is durable. All ranks call this, and all raise if it failed on one."""
-        save, self.current = self.current, None
+        save = self.current
         if save is None:
             return
-        save.written.wait()
         try:
+            save.await_event(save.written)
             raise_on_all_ranks(save.error)
-            save.published.wait()
+            save.await_event(save.published)
             raise_on_all_ranks(save.error)
         except BaseException:
             if save.rank == 0:
                 shutil.rmtree(save.saving, ignore_errors=True)
             raise
+        finally:
+            self.current = None
         self.last_save_s = save.seconds
 
     def finish_alone(self, timeout_s: float) -> bool:
@@ -136,6 +139,18 @@ class Save:
             threading.Event(),
         )
         self.error: BaseException | None = None
+        self.chunks = 0  # written so far
+
+    def await_event(self, event: threading.Event) -> None:
+        """Wait in the main thread, and say that something is being done as long as something is."""
+        seen = -1
+        while not event.wait(ALIVE_SECONDS):
+            if self.chunks != seen:
+                seen = self.chunks
+                reached("save: wait")
+
+    def note_chunk(self) -> None:
+        self.chunks += 1
 
     def start(self, tensors: dict[str, Tensor]) -> None:
         threading.Thread(target=self._run, args=(tensors,), name="checkpoint", daemon=True).start()
@@ -144,7 +159,7 @@ class Save:
         try:
             reached("save: write")
             file = file_of(self.rank)
-            size, sha256 = write_tensors(self.saving / file, tensors)
+            size, sha256 = write_tensors(self.saving / file, tensors, self.note_chunk)
             tensors.clear()
             own = RankFacts(
                 file=file, bytes=size, sha256=sha256, tensors=self.facts, optimizer_steps=self.optimizer_steps
@@ -337,6 +352,8 @@ def choose_checkpoint(folder: Path, names: list[str], expected: TrainingState) -
         error, manifest = None, None
         try:
             manifest = read_manifest(folder / name)
+            if name != f"step_{manifest.state.step:08d}":
+                raise DamagedCheckpoint(f"{folder / name}: holds step {manifest.state.step}. Give it its name back.")
             refuse_foreign(folder / name, manifest, expected)
             for i, (file, facts) in enumerate(sorted(manifest.files.items())):
                 if i % dist.get_world_size() == dist.get_rank():
@@ -377,13 +394,13 @@ def load_checkpoint(partition: TrainingPartition, checkpoint: Path, manifest: Ma
 
     Raises CheckpointError if its tensors are not those of the model.
     """
-    reached("load")
     refuse_other_tensors(partition, checkpoint, manifest)
     kinds = {name: set(tensor.kinds) for name, tensor in manifest.tensors.items()}
     muon = {tensor.kinds[MUON_MOMENT].dtype for tensor in manifest.tensors.values() if MUON_MOMENT in tensor.kinds}
     partition.make_moments(kinds, DTYPES[muon.pop()] if muon else None, manifest.optimizer_steps)
     with Reader(checkpoint, manifest) as reader, partition.only_parts(), torch.no_grad():
         for span in (*partition.spans(), *partition.model_weights()):
+            reached("load")
             reader.read(span.name, span.kind, span.start, span.values)
         for name, buffer in partition.buffers().items():
             reader.read(name, BUFFER, 0, buffer.view(-1))

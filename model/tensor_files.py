@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -34,8 +34,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write CPU tensors, durably. Returns the file's size in bytes and its SHA-256."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], note_chunk: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
+    """Write CPU tensors, durably; `note_chunk` is called after each. Returns the file's size in bytes and its SHA-256."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned to its type
     header: dict[str, Any] = {}
     end = 0
@@ -51,6 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
         for chunk in chain(start, (bytes_of(tensor) for _, tensor in ordered)):
             file.write(chunk)
             digest.update(chunk)
+            note_chunk()
         size = file.tell()
         file.flush()
         os.fsync(file.fileno())

@@ -182,6 +182,7 @@ def all_cases() -> list[Case]:
 
 
 def row(case: Case, outcome: Outcome) -> str:
+    reason = outcome.reason if len(outcome.reason) < 100 else f"{outcome.reason[:100]} ..."
     cells = [
         case.launcher,
         case.target,
@@ -190,7 +191,7 @@ def row(case: Case, outcome: Outcome) -> str:
         outcome.code,
         "yes" if outcome.saved else "no",
     ]
-    return "| " + " | ".join(map(str, [*cells, f"{outcome.seconds:.0f}", outcome.orphans, outcome.reason])) + " |"
+    return "| " + " | ".join(map(str, [*cells, f"{outcome.seconds:.0f}", outcome.orphans, reason])) + " |"
 
 
 HEAD = """# What becomes of a run when one of its processes is signalled
@@ -206,6 +207,9 @@ later.
 
 
 def main() -> None:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # of a job in the background it is ignored, and what it starts
     only = sys.argv[1:]  # some words that a case must contain
     rows = []
     for case in all_cases():

@@ -131,7 +131,7 @@ def fail_on_rank_1(run_dir: Path) -> dict[str, Any]:
     setting.saved(5)
     write_tensors = program.write_tensors
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, str]:
+    def full(path: Path, *_: object) -> tuple[int, str]:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

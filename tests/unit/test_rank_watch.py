@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ SHORT = (  # as the module has them, but for waiting
     "import sys, runpy; import launch.rank_watch as watch; "
     "watch.TICK_SECONDS, watch.REPEAT_SECONDS = 0.1, 0.5; "
     "watch.BOUNDARY_SECONDS = watch.PEER_SECONDS = watch.SAVE_SECONDS = watch.NOTES_SECONDS = 0.5; "
+    "watch.FINISH_SECONDS = 1; "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -34,6 +36,8 @@ class Rank:
             text=True,
             env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         )
+        self.patience = threading.Timer(30, self.process.kill)  # a test that waits for it fails then
+        self.patience.start()
 
     def await_line(self, line: str) -> None:
         assert self.process.stdout is not None
@@ -44,7 +48,7 @@ class Rank:
         self.process.send_signal(number)
 
     def code(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait()
 
 
 @pytest.fixture
@@ -71,6 +75,7 @@ def start(run_dir: Path) -> Iterator[Start]:
 
     yield start_ranks
     for rank in ranks:
+        rank.patience.cancel()
         rank.process.kill()
         rank.process.wait()
 
@@ -97,7 +102,7 @@ def test_a_stop_while_nothing_is_lost_ends_a_run_whose_ranks_are_far_from_a_boun
     second.await_line("waiting")
     second.send(signal.SIGTERM)
     assert (first.code(), second.code()) == (3, 3)
-    assert summary(run_dir) == ("stopped", "SIGTERM to rank 1, in 'forward' of a step not yet taken")
+    assert summary(run_dir) == ("stopped", "SIGTERM to rank 1, in 'forward', with nothing new to save")
 
 
 def test_after_an_update_has_begun_the_watch_waits_for_the_boundary(start: Start, run_dir: Path) -> None:
@@ -145,6 +150,42 @@ def test_a_peers_end_is_no_request_and_is_found_out_where_the_main_thread_does_n
     assert re.fullmatch(r"rank 1 \(process \d+ on .*\) ended, and this rank did not notice in 'backward'", reason)
 
 
+def test_where_rank_0_was_killed_the_first_that_is_left_says_so(start: Start, run_dir: Path) -> None:
+    first, second, third = start("meet wait", "meet wait", "meet wait")
+    for rank in (first, second, third):
+        rank.await_line("waiting")
+    running = {"status": "running", "started": "2026-01-01T00:00:00+00:00"}
+    (run_dir / "summary.json").write_text(json.dumps(running))
+    first.send(signal.SIGKILL)
+    first.code()
+    assert (second.code(), third.code()) == (4, 4)
+    status, reason = summary(run_dir)
+    assert status == "failed"
+    assert re.fullmatch(r"rank 0 \(process \d+ on .*\) ended, and this rank did not notice in 'start'", reason)
+
+
+def test_a_frozen_rank_0_is_a_hang_of_which_rank_1_tells(start: Start, run_dir: Path) -> None:
+    first, second = start("meet forward wait", "meet forward wait", hang=1)
+    first.await_line("waiting")
+    second.await_line("waiting")
+    running = {"status": "running", "started": "2026-01-01T00:00:00+00:00"}
+    (run_dir / "summary.json").write_text(json.dumps(running))
+    first.send(signal.SIGSTOP)
+    assert second.code() == 4
+    assert summary(run_dir) == ("hang", "no rank got on for 1 s; no word from rank 0; see rank*.stacks")
+
+
+def test_what_launch_py_sends_after_a_peers_end_brings_no_rank_to_a_save(start: Start, run_dir: Path) -> None:
+    first, second = start("meet ready boundary", "meet wait")
+    first.await_line("reached ready")
+    second.await_line("waiting")
+    second.send(signal.SIGKILL)
+    second.code()
+    first.send(signal.SIGTERM)
+    assert first.code() == 4, "it would have ended with 0 at a boundary"
+    assert summary(run_dir)[0] == "failed"
+
+
 def test_a_fault_that_a_rank_elsewhere_wrote_down_is_a_peers_end(start: Start, run_dir: Path) -> None:
     (run_dir / "rank5.err").write_text("of an earlier attempt")
     (first,) = start("meet ready wait")
@@ -172,6 +213,7 @@ def test_ranks_whose_launcher_is_gone_are_asked_to_stop(run_dir: Path, tmp_path:
     above.await_line("reached ready")
     above.send(signal.SIGKILL)
     above.await_line(f"agreed: its launcher is gone ({launcher})")
+    above.patience.cancel()
 
 
 @pytest.mark.parametrize("hung", [0, 1])
@@ -199,12 +241,13 @@ def test_a_rank_that_is_frozen_is_named_by_the_others(start: Start, run_dir: Pat
 
 
 def test_time_in_which_all_ranks_stood_still_is_no_hang(start: Start, run_dir: Path) -> None:
-    (first,) = start("meet forward wait", hang=2)
+    (first,) = start("meet forward wait", hang=4)
     first.await_line("waiting")
+    time.sleep(0.5)  # so that the watch knows of "forward"
     first.send(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(5)
     first.send(signal.SIGCONT)
-    time.sleep(0.3)
+    time.sleep(1)
     assert first.process.poll() is None
 
 
