@@ -137,8 +137,6 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
         if trainer is not None:
             trainer.writer.finish_alone(SAVE_PATIENCE_S)  # what was copied before the fault is sound
         status, reason = ("nan", str(error)) if isinstance(error, NotFinite) else faults.status_of(error)
-        if not isinstance(error, NotFinite | LossSpike):  # which say all in their one line
-            faults.record_fault(run_dir, start.rank, log, error)
         if isinstance(error, NotFinite | LossSpike):  # which say all in their one line
             if trainer is not None:
                 reason += f"; last saved: {trainer.last_saved()}"

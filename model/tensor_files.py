@@ -37,7 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], note_chunk: Callable[[], None] = lambda: None
 ) -> tuple[int, str]:
-    """Write CPU tensors, durably; `note_chunk` is called after each. Returns the file's size in bytes and its SHA-256."""
+    """Write CPU tensors, durably, and call `note_chunk` after each. Returns the file's bytes and its SHA-256."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned to its type
     header: dict[str, Any] = {}
     end = 0
