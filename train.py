@@ -240,7 +240,8 @@ class BeginWith:
     state: TrainingState
     checkpoint: Path | None = None
     manifest: Manifest | None = None
-    notes: tuple[str, ...] = ()  # on checkpoints that were passed over
+    notes: tuple[str, ...] = ()  # what there is to say of it
+    damaged: tuple[str, ...] = ()  # checkpoints that were passed over
 
 
 def begin_with(start: Start, data: Data) -> BeginWith:
@@ -257,7 +258,8 @@ def begin_with(start: Start, data: Data) -> BeginWith:
     if start.beginning.action == "fresh":
         return BeginWith(here)
     folder = start.args.run_dir / "checkpoints"
-    name, manifest, notes = choose_checkpoint(folder, [checkpoint_name(step) for step in start.beginning.steps], here)
+    names = [checkpoint_name(step) for step in start.beginning.steps]
+    name, manifest, notes = choose_checkpoint(folder, names, here)
     saved = manifest.state
     latest, later = latest_step(start.args.run_dir), [step for step in start.beginning.steps if step > saved.step]
     if start.args.resume == "auto" and latest != saved.step:
@@ -272,7 +274,7 @@ def begin_with(start: Start, data: Data) -> BeginWith:
         if before != now:
             notes.append(f"{name} was saved with {key}={before}; this run has {now}")
     state = here.model_copy(update={"step": saved.step, "samples": saved.samples, "guard": saved.guard})
-    return BeginWith(state, folder / name, manifest, tuple(notes))
+    return BeginWith(state, folder / name, manifest, tuple(notes), tuple(names[: names.index(name)]))
 
 
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
@@ -314,7 +316,7 @@ class Trainer:
         self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
         self.beginning, self.state = beginning, beginning.state
         self.step, self.samples = self.state.step, self.state.samples
-        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last)
+        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last, beginning.damaged)
         self.save_due = False  # in a row of skipped steps: after it
         self.saved_step = None
         if beginning.checkpoint is not None:

@@ -45,6 +45,7 @@ SETTINGS = (
     f"run.train.save_every={SAVE_EVERY}",
     f"run.train.keep_last={KEEP_LAST}",
     "run.train.log_every=1",
+    "run.train.max_skipped_steps=0",  # a skipped step would be another run
     "run.train.eval_every=20",
 )
 VARIANTS = {

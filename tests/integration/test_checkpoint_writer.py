@@ -236,6 +236,32 @@ def keep(run_dir: Path) -> list[list[str]]:
     return told
 
 
+def keep_beside_damaged(run_dir: Path) -> list[list[str]]:
+    setting = Setting(run_dir)
+    for step in (1, 2, 3):
+        setting.saved(step)
+    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(3)])  # as found by who continued step 2
+    told = []
+    for step in (4, 5, 6):
+        setting.saved(step)
+        told.append(setting.names())
+    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(6)])
+    setting.saved(6)  # anew: whole again
+    setting.saved(7)
+    setting.engine.destroy()
+    return [*told, setting.names()]
+
+
+def test_a_damaged_checkpoint_takes_no_whole_ones_place(two_ranks: RankPool, tmp_path: Path) -> None:
+    told, _ = two_ranks.run(keep_beside_damaged, tmp_path)
+    assert told == [
+        ["latest", name(2), name(3), name(4)],
+        ["latest", name(4), name(5)],
+        ["latest", name(5), name(6)],
+        ["latest", name(6), name(7)],
+    ]
+
+
 def test_the_newest_stay_and_later_steps_of_another_branch_are_not_touched(two_ranks: RankPool, tmp_path: Path) -> None:
     told, _ = two_ranks.run(keep, tmp_path)
     assert told == [
