@@ -221,7 +221,8 @@ def main() -> None:
     if not only:
         packages, checkout = package_versions(), describe_checkout(REPO_ROOT)
         versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "deepspeed"))
-        made = f"{utc_now()[:10]}, commit {checkout.get('commit', 'unknown')[:7]}, {versions}, {len(os.sched_getaffinity(0))} cores"
+        commit, cores = checkout.get("commit", "unknown")[:7], len(os.sched_getaffinity(0))
+        made = f"{utc_now()[:10]}, commit {commit}, {versions}, {cores} cores"
         TABLE.write_text("\n".join([HEAD.rstrip(), *rows, "", made]) + "\n", encoding="utf-8")
 
 
