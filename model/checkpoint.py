@@ -189,8 +189,8 @@ class Save:
         `wait` learns of it, and removes the folder."""
         told = [self.description(rank) for rank in range(self.ranks)]
         while not all(path.exists() for path in told):
-            if not self.saving.exists():
-                return
+            if not self.saving.exists():  # removed by `wait`, which has raised, or by another run in this folder
+                raise FileNotFoundError(errno.ENOENT, "removed while it was being written", str(self.saving))
             time.sleep(POLL_SECONDS)
         reached("save: manifest")
         ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]

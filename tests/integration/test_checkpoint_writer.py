@@ -158,6 +158,41 @@ def test_a_disk_that_is_full_for_one_rank_fails_the_save_on_all_and_harms_nothin
         assert answer["after"] == (7, [])
 
 
+def remove_while_writing(run_dir: Path) -> str:
+    """Another process takes the unfinished save for remains, before rank 1 has written its part."""
+    import torch.distributed as dist
+
+    setting = Setting(run_dir)
+    removed = threading.Event()
+
+    def hold(reached: str) -> None:
+        if reached == "save: write" and setting.rank == 1:
+            removed.wait(10)
+
+    phases.listeners.append(hold)
+    setting.save(6)
+    believed = False
+    if setting.rank == 0:
+        assert setting.writer.current is not None
+        setting.writer.current.written.wait()
+        program.clear_leftovers(setting.folder)
+        believed = setting.writer.finish_alone(10)
+    dist.barrier()
+    removed.set()
+    with pytest.raises(FileNotFoundError) as raised:
+        setting.writer.wait()
+    phases.listeners.remove(hold)
+    setting.engine.destroy()
+    assert not believed, "rank 0 says that it has saved"
+    return str(raised.value)
+
+
+def test_a_save_whose_folder_is_removed_is_not_taken_for_a_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    for told in two_ranks.run(remove_while_writing, tmp_path):
+        assert "removed while it was being written" in told
+        assert f"{SAVING}{name(6)}" in told
+
+
 def refuse_for_space(run_dir: Path) -> tuple[str, list[str]]:
     setting = Setting(run_dir)
     setting.saved(5)
