@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,9 @@ def prepare_folder(folder: Path, name: str, size: int) -> bool:
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)  # the run folder's own files, without which no checkpoint is found
+            with suppress(PermissionError):  # a folder that we may not list was not made by this run
+                sync_folder(folder.parent.parent)
             clear_leftovers(folder)
             refuse_full_disk(folder, sum(size for _, size, _ in facts))
             (folder / f"{SAVING}{name}").mkdir()

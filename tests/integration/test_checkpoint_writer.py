@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,39 @@ def test_a_save_that_is_cut_short_leaves_what_latest_names_whole(
         assert told["found"] == (6 if done else 5, [])
         published = {name(5)} | ({name(6)} if phase in ("save: latest", "save: retention") and not again else set())
         assert set(told["left"]) == {"latest", name(7), *sorted(published)[-1:]}
+
+
+def folders_flushed_before(run_dir: Path, phase: str) -> list[str]:
+    """Names of the folders that rank 0 flushed in its first save before it reached `phase`."""
+    setting = Setting(run_dir)
+    flushed: set[int] = set()
+    found: set[int] = set()
+
+    def note(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def look(reached: str) -> None:
+        if reached == phase:
+            found.update(flushed)
+
+    phases.listeners.append(look)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        setting.saved(5)
+    phases.listeners.remove(look)
+    setting.engine.destroy()
+    folders = [run_dir.parent, run_dir, setting.folder, setting.folder / name(5)]
+    return [folder.name for folder in folders if folder.stat().st_ino in found]
+
+
+def test_no_power_cut_leaves_a_checkpoint_and_not_the_folders_that_it_is_in(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    told, _ = two_ranks.run(folders_flushed_before, run_dir, "save: rename")
+    assert told == ["runs", "a", name(5)]
+    told, _ = two_ranks.run(folders_flushed_before, tmp_path / "runs" / "b", "save: latest")
+    assert told == ["runs", "b", "checkpoints", name(5)]
 
 
 def replace_half(run_dir: Path) -> tuple[int, list[str]]:
