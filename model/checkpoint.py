@@ -238,16 +238,16 @@ def file_of(rank: int) -> str:
 def tensors_of(
     spans: list[Span], buffers: dict[str, Tensor], copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, TensorFacts]]:
-    """What this rank saves: CPU tensors by their key in the file, and where they belong.
+    """What this rank saves: tensors by their key in the file, and where they belong.
 
-    Unless copied, a tensor on the CPU is the engine's own, and must not change until it is written.
+    Unless copied to the host, they are the engine's own, and must not change until they are written.
     """
     file = file_of(dist.get_rank())
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
 
     def add(name: str, kind: str, shape: list[int], start: int, values: Tensor) -> None:
-        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values.cpu()
+        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values
         kinds = facts.setdefault(name, {"shape": shape, "kinds": {}})["kinds"]
         stored = kinds.setdefault(kind, {"dtype": DTYPE_NAMES[values.dtype], "pieces": []})
         stored["pieces"].append(Piece(file=file, start=start, numel=values.numel()))
