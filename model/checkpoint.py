@@ -329,14 +329,19 @@ def raise_on_all_ranks(error: BaseException | None) -> None:
             raise first
 
 
-def available_memory() -> float:
-    """Bytes of memory that this host could still give, within the limit of this container if there is one."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of memory that this host could still give, within the limit of this container if there is one.
+
+    What a container uses includes the pages of files that it has read and written, which the kernel gives back.
+    """
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = 1024.0 * int(line.split()[1])
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = cgroup / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        available = min(available, float(limit.read_text()) - float(used.read_text()))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"])
+        available = min(available, float(limit.read_text()) - used)
     return available
 
 
