@@ -64,11 +64,12 @@ class CheckpointWriter:
     Args:
         folder: checkpoints/ of the run folder, which all ranks see.
         keep_last: how many of the newest stay. Those of later steps, of a branch that was abandoned, are not counted.
-        damaged: those that were passed over. They are not counted either, and go when what is older goes.
+        off_line: those that did not lead to what is saved: damaged, or of an abandoned branch. They are not counted
+            once they are passed either, since no fallback may be one, and go when what is older goes.
     """
 
-    def __init__(self, folder: Path, keep_last: int, damaged: Iterable[str] = ()) -> None:
-        self.folder, self.keep_last, self.damaged = folder, keep_last, set(damaged)
+    def __init__(self, folder: Path, keep_last: int, off_line: Iterable[str] = ()) -> None:
+        self.folder, self.keep_last, self.off_line = folder, keep_last, set(off_line)
         self.current: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
         self.last_save_s = 0.0  # from the request until `latest` named it, of the last one; on rank 0
@@ -84,9 +85,9 @@ class CheckpointWriter:
         spans = list(partition.spans())
         background = prepare_folder(self.folder, name, sum(bytes_of(span) for span in spans))
         tensors, facts = tensors_of(spans, partition.buffers() if dist.get_rank() == 0 else {}, copy=background)
-        self.damaged.discard(name)
+        self.off_line.discard(name)
         steps = sorted(partition.optimizer_steps())
-        save = Save(self.folder, name, state, self.keep_last, frozenset(self.damaged), facts, steps, began)
+        save = Save(self.folder, name, state, self.keep_last, frozenset(self.off_line), facts, steps, began)
         save.start(tensors)
         self.current = save
         if not background:
@@ -129,14 +130,14 @@ class Save:
         name: str,
         state: TrainingState,
         keep_last: int,
-        damaged: frozenset[str],
+        off_line: frozenset[str],
         facts: dict[str, TensorFacts],
         optimizer_steps: list[float],
         began: float,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.saving, self.name = folder, folder / f"{SAVING}{name}", name
-        self.state, self.keep_last, self.damaged = state, keep_last, damaged
+        self.state, self.keep_last, self.off_line = state, keep_last, off_line
         self.facts, self.optimizer_steps = facts, optimizer_steps
         self.began, self.seconds = began, 0.0
         self.written, self.published = (
@@ -200,7 +201,7 @@ class Save:
         sync_folder(self.saving)
         publish(self.folder, self.saving, self.name)
         reached("save: retention")
-        remove_old(self.folder, self.name, self.keep_last, self.damaged)
+        remove_old(self.folder, self.name, self.keep_last, self.off_line)
 
 
 def prepare_folder(folder: Path, name: str, size: int) -> bool:
@@ -302,10 +303,10 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(remains)
 
 
-def remove_old(folder: Path, newest: str, keep_last: int, damaged: frozenset[str]) -> None:
+def remove_old(folder: Path, newest: str, keep_last: int, off_line: frozenset[str]) -> None:
     """Keep the last keep_last whole checkpoints up to `newest`. A folder goes under another name: never half."""
     names = sorted(path.name for path in folder.glob("step_*") if path.is_dir() and path.name <= newest)
-    whole = [name for name in names if name not in damaged and (folder / name / MANIFEST).exists()]
+    whole = [name for name in names if name not in off_line and (folder / name / MANIFEST).exists()]
     oldest = whole[-keep_last:][0]
     for name in [name for name in names if name < oldest]:
         (folder / name).replace(folder / f"{SAVING}{name}")

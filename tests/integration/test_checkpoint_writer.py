@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -309,12 +310,12 @@ def keep_beside_damaged(run_dir: Path) -> list[list[str]]:
     setting = Setting(run_dir)
     for step in (1, 2, 3):
         setting.saved(step)
-    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(3)])  # as found by who continued step 2
+    setting.writer = CheckpointWriter(setting.folder, 2, off_line=[name(3)])  # as found by who continued step 2
     told = []
     for step in (4, 5, 6):
         setting.saved(step)
         told.append(setting.names())
-    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(6)])
+    setting.writer = CheckpointWriter(setting.folder, 2, off_line=[name(6)])
     setting.saved(6)  # anew: whole again
     setting.saved(7)
     setting.engine.destroy()
@@ -329,6 +330,43 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(two_ranks: RankPool, tmp
         ["latest", name(5), name(6)],
         ["latest", name(6), name(7)],
     ]
+
+
+def begin_and_save(run_dir: Path, resume: str) -> tuple[list[str], list[str]]:
+    """What is left when step 2 is continued, by train.py's choice, beside a step 9; saves at 3, 10 and 11."""
+    import torch.distributed as dist
+
+    import train
+
+    setting = Setting(run_dir)
+    for step in (1, 9, 2):
+        setting.saved(step)
+    dist.barrier()
+    steps = (2,) if resume == "2" else steps_to_resume(run_dir)
+    start = SimpleNamespace(
+        topology=SimpleNamespace(ranks=2, ep_size=2),
+        run=SimpleNamespace(deepspeed={"zero_optimization": CASE.zero}, config_hash="of the test"),
+        beginning=SimpleNamespace(action="resume", steps=steps),
+        args=SimpleNamespace(run_dir=run_dir, resume=resume),
+    )
+    data = SimpleNamespace(train=SimpleNamespace(fingerprint="synthetic"))
+    beginning = train.begin_with(start, data)  # type: ignore[arg-type]
+    assert beginning.checkpoint == setting.folder / name(2)
+    setting.writer = CheckpointWriter(setting.folder, 2, beginning.off_line)
+    setting.saved(3)
+    setting.saved(10)
+    at_10 = setting.names()
+    setting.saved(11)
+    setting.engine.destroy()
+    return at_10, setting.names()
+
+
+@pytest.mark.parametrize("resume", ["auto", "2"])
+def test_a_checkpoint_of_an_abandoned_branch_takes_no_ones_place_when_it_is_passed(
+    two_ranks: RankPool, tmp_path: Path, resume: str
+) -> None:
+    for told in two_ranks.run(begin_and_save, tmp_path, resume):
+        assert told == (["latest", name(3), name(9), name(10)], ["latest", name(10), name(11)])
 
 
 def test_the_newest_stay_and_later_steps_of_another_branch_are_not_touched(two_ranks: RankPool, tmp_path: Path) -> None:
