@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ class CheckpointWriter:
     Args:
         folder: checkpoints/ of the run folder, which all ranks see.
         keep_last: how many of the newest stay. Those of later steps, of a branch that was abandoned, are not counted.
-        damaged: those that were passed over. They are not counted either, and go when what is older goes.
+        off_line: those that did not lead to what is saved: damaged, or of an abandoned branch. They are not counted
+            once they are passed either, since no fallback may be one, and go when what is older goes.
     """
 
-    def __init__(self, folder: Path, keep_last: int, damaged: Iterable[str] = ()) -> None:
-        self.folder, self.keep_last, self.damaged = folder, keep_last, set(damaged)
+    def __init__(self, folder: Path, keep_last: int, off_line: Iterable[str] = ()) -> None:
+        self.folder, self.keep_last, self.off_line = folder, keep_last, set(off_line)
         self.current: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
         self.last_save_s = 0.0  # from the request until `latest` named it, of the last one; on rank 0
@@ -84,9 +85,9 @@ class CheckpointWriter:
         spans = list(partition.spans())
         background = prepare_folder(self.folder, name, sum(bytes_of(span) for span in spans))
         tensors, facts = tensors_of(spans, partition.buffers() if dist.get_rank() == 0 else {}, copy=background)
-        self.damaged.discard(name)
+        self.off_line.discard(name)
         steps = sorted(partition.optimizer_steps())
-        save = Save(self.folder, name, state, self.keep_last, frozenset(self.damaged), facts, steps, began)
+        save = Save(self.folder, name, state, self.keep_last, frozenset(self.off_line), facts, steps, began)
         save.start(tensors)
         self.current = save
         if not background:
@@ -129,14 +130,14 @@ class Save:
         name: str,
         state: TrainingState,
         keep_last: int,
-        damaged: frozenset[str],
+        off_line: frozenset[str],
         facts: dict[str, TensorFacts],
         optimizer_steps: list[float],
         began: float,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.saving, self.name = folder, folder / f"{SAVING}{name}", name
-        self.state, self.keep_last, self.damaged = state, keep_last, damaged
+        self.state, self.keep_last, self.off_line = state, keep_last, off_line
         self.facts, self.optimizer_steps = facts, optimizer_steps
         self.began, self.seconds = began, 0.0
         self.written, self.published = (
@@ -189,8 +190,8 @@ class Save:
         `wait` learns of it, and removes the folder."""
         told = [self.description(rank) for rank in range(self.ranks)]
         while not all(path.exists() for path in told):
-            if not self.saving.exists():
-                return
+            if not self.saving.exists():  # removed by `wait`, which has raised, or by another run in this folder
+                raise FileNotFoundError(errno.ENOENT, "removed while it was being written", str(self.saving))
             time.sleep(POLL_SECONDS)
         reached("save: manifest")
         ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]
@@ -200,7 +201,7 @@ class Save:
         sync_folder(self.saving)
         publish(self.folder, self.saving, self.name)
         reached("save: retention")
-        remove_old(self.folder, self.name, self.keep_last, self.damaged)
+        remove_old(self.folder, self.name, self.keep_last, self.off_line)
 
 
 def prepare_folder(folder: Path, name: str, size: int) -> bool:
@@ -214,6 +215,9 @@ def prepare_folder(folder: Path, name: str, size: int) -> bool:
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)  # the run folder's own files, without which no checkpoint is found
+            with suppress(PermissionError):  # a folder that we may not list was not made by this run
+                sync_folder(folder.parent.parent)
             clear_leftovers(folder)
             refuse_full_disk(folder, sum(size for _, size, _ in facts))
             (folder / f"{SAVING}{name}").mkdir()
@@ -235,16 +239,16 @@ def file_of(rank: int) -> str:
 def tensors_of(
     spans: list[Span], buffers: dict[str, Tensor], copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, TensorFacts]]:
-    """What this rank saves: CPU tensors by their key in the file, and where they belong.
+    """What this rank saves: tensors by their key in the file, and where they belong.
 
-    Unless copied, a tensor on the CPU is the engine's own, and must not change until it is written.
+    Unless copied to the host, they are the engine's own, and must not change until they are written.
     """
     file = file_of(dist.get_rank())
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
 
     def add(name: str, kind: str, shape: list[int], start: int, values: Tensor) -> None:
-        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values.cpu()
+        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values
         kinds = facts.setdefault(name, {"shape": shape, "kinds": {}})["kinds"]
         stored = kinds.setdefault(kind, {"dtype": DTYPE_NAMES[values.dtype], "pieces": []})
         stored["pieces"].append(Piece(file=file, start=start, numel=values.numel()))
@@ -299,10 +303,10 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(remains)
 
 
-def remove_old(folder: Path, newest: str, keep_last: int, damaged: frozenset[str]) -> None:
+def remove_old(folder: Path, newest: str, keep_last: int, off_line: frozenset[str]) -> None:
     """Keep the last keep_last whole checkpoints up to `newest`. A folder goes under another name: never half."""
     names = sorted(path.name for path in folder.glob("step_*") if path.is_dir() and path.name <= newest)
-    whole = [name for name in names if name not in damaged and (folder / name / MANIFEST).exists()]
+    whole = [name for name in names if name not in off_line and (folder / name / MANIFEST).exists()]
     oldest = whole[-keep_last:][0]
     for name in [name for name in names if name < oldest]:
         (folder / name).replace(folder / f"{SAVING}{name}")
@@ -326,14 +330,19 @@ def raise_on_all_ranks(error: BaseException | None) -> None:
             raise first
 
 
-def available_memory() -> float:
-    """Bytes of memory that this host could still give, within the limit of this container if there is one."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of memory that this host could still give, within the limit of this container if there is one.
+
+    What a container uses includes the pages of files that it has read and written, which the kernel gives back.
+    """
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = 1024.0 * int(line.split()[1])
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = cgroup / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        available = min(available, float(limit.read_text()) - float(used.read_text()))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"])
+        available = min(available, float(limit.read_text()) - used)
     return available
 
 

@@ -371,6 +371,8 @@ def save_in_the_middle(case: Case, folder: Path) -> list[dict[str, Any]]:
         Case("MOE", {"stage": 1, **OFFLOAD}, 1, "none", True),
         Case("MOE", {"stage": 2, **OFFLOAD}, 2),
         Case("MOE", {"stage": 1}, 2, bf16=True, muon=True),  # momentum in bf16, loaded as fp32
+        Case("MOE", {"stage": 2, "round_robin_gradients": True}, 2, bf16=True, muon=True),  # in another order
+        Case("MOE", {"stage": 1, "parameter_alignment": True, "round_robin_gradients": True}, 1, bf16=True, muon=True),
         Case("MOE", {"stage": 2, **OFFLOAD}, 1, muon=True),  # momentum in a flat partition
         Case("DENSE", PARTITIONED, 1, "none", True),
         Case("DENSE", {**PARTITIONED, **OFFLOAD_ALL}),
