@@ -535,7 +535,8 @@ def write_record(path: Path, chaos: Chaos, command: list[str], started: str) -> 
         "runs": len({outcome.life for outcome in chaos.outcomes}),
         "attempts": [asdict(outcome) for outcome in chaos.outcomes],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1).replace(str(chaos.folder), "FOLDER").replace(str(path), path.name)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
