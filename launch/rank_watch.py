@@ -166,6 +166,9 @@ class RankWatch:
         """
         if fault:
             time.sleep(2 * TICK_SECONDS)
+            if self.asked and self.durable is not None and not self.durable(BOUNDARY_SECONDS):
+                with self.ending:
+                    self.durable = None  # the fault may be that of this save
             deadline = time.monotonic() + BOUNDARY_SECONDS + 2 * TICK_SECONDS
             while self.asked and self.lost is None and self.durable is not None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS)
@@ -328,14 +331,16 @@ class RankWatch:
         """On rank 0: stop without a step boundary, if the state is that of a checkpoint. The other ranks follow."""
         if self.durable is None or not self._take_end():
             return
-        if self.durable is None:  # the main thread was faster, and will be at a step boundary soon
+        durable = self.durable
+        if durable is None:  # the main thread was faster, and will be at a step boundary soon
             self.has_end = False
             self.ending.release()
             return
         self._tell("end", str(self.asked))
         deadline = time.monotonic() + SAVE_SECONDS
-        while not (saved := self.durable(TICK_SECONDS)) and time.monotonic() < deadline:
+        while not (saved := durable(TICK_SECONDS)) and time.monotonic() < deadline:
             self._hear_signals(time.monotonic())
+            time.sleep(TICK_SECONDS / 5)  # of a save that failed it knows at once
         if saved:
             self._end_run("stopped", f"{self.asked}, in {self.phase!r}, with nothing new to save")
             leave(EXIT_STOPPED)

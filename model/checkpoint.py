@@ -69,7 +69,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep_last: int, damaged: Iterable[str] = ()) -> None:
         self.folder, self.keep_last, self.damaged = folder, keep_last, set(damaged)
-        self.current: Save | None = None
+        self.current: Save | None = None  # that `wait` has not seen the end of
+        self.newest: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
         self.last_save_s = 0.0  # from the request until `latest` named it, of the last one; on rank 0
 
@@ -88,7 +89,7 @@ class CheckpointWriter:
         steps = sorted(partition.optimizer_steps())
         save = Save(self.folder, name, state, self.keep_last, frozenset(self.damaged), facts, steps, began)
         save.start(tensors)
-        self.current = save
+        self.current = self.newest = save
         if not background:
             self.wait()
         self.stall_s += time.monotonic() - began
@@ -114,10 +115,10 @@ class CheckpointWriter:
     def finish_alone(self, timeout_s: float) -> bool:
         """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
 
-        Returns whether it is done, and without an error.
+        Returns whether it is on disk; another thread may be in `wait`, or have seen it fail there.
         """
-        save = self.current
-        return save is None or (save.published.wait(timeout_s) and save.error is None)
+        save = self.newest
+        return save is None or (save.published.wait(timeout_s) and save.durable)
 
 
 class Save:
@@ -144,6 +145,7 @@ class Save:
             threading.Event(),
         )
         self.error: BaseException | None = None
+        self.durable = False  # this rank's part; on rank 0 the checkpoint
         self.chunks = 0  # written so far
 
     def await_event(self, event: threading.Event) -> None:
@@ -171,8 +173,7 @@ class Save:
             )
             write_file(self.description(self.rank), own.model_dump_json().encode())
             self.written.set()
-            if self.rank == 0:
-                self._publish()
+            self.durable = self.rank > 0 or self._publish()
             self.seconds = time.monotonic() - self.began
         except BaseException as error:  # of any kind: `wait` raises it
             self.error = error
@@ -184,13 +185,13 @@ class Save:
         """What a rank says of its file: with the last of them, all files are there."""
         return self.saving / f"rank_{rank:05d}.json"
 
-    def _publish(self) -> None:
+    def _publish(self) -> bool:
         """Wait for all ranks' files, and make the folder a checkpoint. A rank that fails never describes its file:
-        `wait` learns of it, and removes the folder."""
+        `wait` learns of it, and removes the folder; False then."""
         told = [self.description(rank) for rank in range(self.ranks)]
         while not all(path.exists() for path in told):
             if not self.saving.exists():
-                return
+                return False
             time.sleep(POLL_SECONDS)
         reached("save: manifest")
         ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]
@@ -201,6 +202,7 @@ class Save:
         publish(self.folder, self.saving, self.name)
         reached("save: retention")
         remove_old(self.folder, self.name, self.keep_last, self.damaged)
+        return True
 
 
 def prepare_folder(folder: Path, name: str, size: int) -> bool:

@@ -70,6 +70,16 @@ def test_a_stop_during_a_save_ends_with_a_newer_one(tmp_path: Path) -> None:
     assert run.summary()["step"] > 2
 
 
+def test_a_stop_while_the_last_step_is_being_saved_waits_until_it_is_on_disk(tmp_path: Path) -> None:
+    hold = held(0, "save: rename", 2, 9, tmp_path)  # longer than the watch gives the main thread
+    with Started("launch.run", tmp_path, "run.train.num_steps=4", script=HELD_TRAIN, **hold) as run:
+        run.await_file(tmp_path / "held0")
+        run.send(signal.SIGTERM, "rank 0")
+        outcome = run.end()
+    assert (outcome.status, outcome.code, outcome.saved, outcome.orphans) == ("stopped", 3, True, 0), outcome
+    assert run.summary()["step"] == 4
+
+
 def test_a_validation_that_a_stop_cuts_short_is_done_by_who_continues(tmp_path: Path) -> None:
     settings = ("run.train.num_steps=4", "run.train.eval_every=2")
     hold = held(1, "validation", BATCHES + 2, 3, tmp_path)  # in the second batch after step 2

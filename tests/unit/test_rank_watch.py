@@ -276,6 +276,14 @@ def test_a_fault_that_a_request_to_stop_brings_about_is_a_stop(start: Start, run
     assert summary(run_dir)[0] == "stopped"
 
 
+def test_a_save_that_fails_after_a_request_to_stop_is_a_fault_all_the_same(start: Start, run_dir: Path) -> None:
+    (first,) = start("meet failed_save await_request fault")
+    first.await_line("reached failed save")
+    first.send(signal.SIGTERM)
+    assert first.code() == 4
+    assert summary(run_dir) == ("failed", "a fault")
+
+
 def test_a_request_of_an_earlier_attempt_is_none_of_this_one(start: Start, run_dir: Path) -> None:
     line = {"attempt": "host:1:2.0", "rank": 1, "what": "stop", "why": "long ago"}
     (run_dir / "requests.jsonl").write_text(json.dumps(line) + "\n")
