@@ -42,6 +42,7 @@ from launch.run_dir import (
     Status,
     checkpoint_name,
     latest_step,
+    saved_steps,
     write_json,
     write_text,
 )
@@ -241,7 +242,7 @@ class BeginWith:
     checkpoint: Path | None = None
     manifest: Manifest | None = None
     notes: tuple[str, ...] = ()  # what there is to say of it
-    damaged: tuple[str, ...] = ()  # checkpoints that were passed over
+    off_line: tuple[str, ...] = ()  # checkpoints that were passed over, and later ones: damaged, or of another branch
 
 
 def begin_with(start: Start, data: Data) -> BeginWith:
@@ -274,7 +275,8 @@ def begin_with(start: Start, data: Data) -> BeginWith:
         if before != now:
             notes.append(f"{name} was saved with {key}={before}; this run has {now}")
     state = here.model_copy(update={"step": saved.step, "samples": saved.samples, "guard": saved.guard})
-    return BeginWith(state, folder / name, manifest, tuple(notes), tuple(names[: names.index(name)]))
+    passed_by = [checkpoint_name(step) for step in saved_steps(start.args.run_dir) if step > saved.step]
+    return BeginWith(state, folder / name, manifest, tuple(notes), (*names[: names.index(name)], *passed_by))
 
 
 def environment_of(start: Start, data: Data) -> dict[str, Any]:
@@ -316,7 +318,7 @@ class Trainer:
         self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
         self.beginning, self.state = beginning, beginning.state
         self.step, self.samples = self.state.step, self.state.samples
-        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last, beginning.damaged)
+        self.writer = CheckpointWriter(self.checkpoints, self.run.train.keep_last, beginning.off_line)
         self.save_due = False  # in a row of skipped steps: after it
         self.saved_step = None
         if beginning.checkpoint is not None:

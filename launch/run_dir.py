@@ -58,8 +58,9 @@ def decide_beginning(run_dir: Path, config_hash: str, resume: str) -> Beginning:
             f"one {config_hash}). Use another --run_dir, or the run file in {run_dir / 'config.json'}."
         )
     if resume != "auto":
-        if not resume.isdecimal() or not (run_dir / "checkpoints" / checkpoint_name(int(resume))).is_dir():
-            saved = ", ".join(str(step) for step in saved_steps(run_dir)) or "none"
+        steps_there = saved_steps(run_dir)
+        if not resume.isdecimal() or int(resume) not in steps_there:
+            saved = ", ".join(map(str, steps_there)) or "none"
             raise ConfigError(
                 f"--resume {resume}: no such checkpoint in {run_dir} (saved steps: {saved}). Use one of them, or auto."
             )
@@ -119,13 +120,14 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 def read_json_object(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file of the run folder; None if there is none. Raises ConfigError if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:
-        raise ConfigError(
-            f"{path}: is not valid JSON, so the folder cannot be trusted. Use another --run_dir."
-        ) from None
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is not valid JSON, so the folder cannot be trusted. Use another --run_dir.")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -322,7 +322,7 @@ def end_processes(folder: Path) -> None:
         for process in left:
             send(process, signal.SIGKILL)
         time.sleep(0.1)
-    remove_unused_buffers()
+    remove_unused_buffers(wait_for_young=False)
 
 
 def last_line(path: Path) -> str:

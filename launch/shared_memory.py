@@ -16,23 +16,29 @@ PREFIX = "deepspeed_allreduce_buffer_"
 YOUNG_SECONDS = 2.0  # a rank fills its buffer, then maps it: without it, its peers would wait for it for ever
 
 
-def remove_unused_buffers(folder: Path = SHARED_MEMORY, processes: Path = Path("/proc")) -> list[str]:
+def remove_unused_buffers(
+    folder: Path = SHARED_MEMORY, processes: Path = Path("/proc"), *, wait_for_young: bool = True
+) -> list[str]:
     """Remove this user's buffers that no process has mapped; returns their names. Those of living ranks are mapped.
 
-    One that is younger than YOUNG_SECONDS may be about to be, by a rank of another run: it is looked at again.
+    One that is younger than YOUNG_SECONDS may be about to be, by a rank of another run: it is looked at again, or left.
     """
     own = [path for path in folder.glob(f"{PREFIX}{os.getuid()}_*") if path.is_file()] if folder.is_dir() else []
     unused = not_mapped(own, processes)
-    youngest = 0.0
-    for path in unused:
-        with contextlib.suppress(FileNotFoundError):  # another launch.run was faster
-            youngest = max(youngest, path.stat().st_mtime)
-    if (wait := youngest + YOUNG_SECONDS - time.time()) > 0:
+    if wait_for_young and (wait := max(map(seconds_young, unused), default=0.0)) > 0:
         time.sleep(wait)
         unused = not_mapped(unused, processes)
-    for path in unused:
+    removed = [path for path in unused if seconds_young(path) <= 0]
+    for path in removed:
         path.unlink(missing_ok=True)
-    return sorted(path.name for path in unused)
+    return sorted(path.name for path in removed)
+
+
+def seconds_young(buffer: Path) -> float:
+    """How long it is still young; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError):  # another launch.run was faster
+        return buffer.stat().st_mtime + YOUNG_SECONDS - time.time()
+    return 0.0
 
 
 def not_mapped(buffers: list[Path], processes: Path) -> list[Path]:

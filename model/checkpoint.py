@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,12 @@ class CheckpointWriter:
     Args:
         folder: checkpoints/ of the run folder, which all ranks see.
         keep_last: how many of the newest stay. Those of later steps, of a branch that was abandoned, are not counted.
-        damaged: those that were passed over. They are not counted either, and go when what is older goes.
+        off_line: those that did not lead to what is saved: damaged, or of an abandoned branch. They are not counted
+            once they are passed either, since no fallback may be one, and go when what is older goes.
     """
 
-    def __init__(self, folder: Path, keep_last: int, damaged: Iterable[str] = ()) -> None:
-        self.folder, self.keep_last, self.damaged = folder, keep_last, set(damaged)
+    def __init__(self, folder: Path, keep_last: int, off_line: Iterable[str] = ()) -> None:
+        self.folder, self.keep_last, self.off_line = folder, keep_last, set(off_line)
         self.current: Save | None = None  # that `wait` has not seen the end of
         self.newest: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
@@ -85,9 +86,9 @@ class CheckpointWriter:
         spans = list(partition.spans())
         background = prepare_folder(self.folder, name, sum(bytes_of(span) for span in spans))
         tensors, facts = tensors_of(spans, partition.buffers() if dist.get_rank() == 0 else {}, copy=background)
-        self.damaged.discard(name)
+        self.off_line.discard(name)
         steps = sorted(partition.optimizer_steps())
-        save = Save(self.folder, name, state, self.keep_last, frozenset(self.damaged), facts, steps, began)
+        save = Save(self.folder, name, state, self.keep_last, frozenset(self.off_line), facts, steps, began)
         save.start(tensors)
         self.current = self.newest = save
         if not background:
@@ -115,10 +116,10 @@ class CheckpointWriter:
     def finish_alone(self, timeout_s: float) -> bool:
         """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
 
-        Returns whether it is on disk; another thread may be in `wait`, or have seen it fail there.
+        Returns whether it is done, and without an error: also one that `wait` has raised.
         """
         save = self.newest
-        return save is None or (save.published.wait(timeout_s) and save.durable)
+        return save is None or (save.published.wait(timeout_s) and save.error is None)
 
 
 class Save:
@@ -130,14 +131,14 @@ class Save:
         name: str,
         state: TrainingState,
         keep_last: int,
-        damaged: frozenset[str],
+        off_line: frozenset[str],
         facts: dict[str, TensorFacts],
         optimizer_steps: list[float],
         began: float,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.folder, self.saving, self.name = folder, folder / f"{SAVING}{name}", name
-        self.state, self.keep_last, self.damaged = state, keep_last, damaged
+        self.state, self.keep_last, self.off_line = state, keep_last, off_line
         self.facts, self.optimizer_steps = facts, optimizer_steps
         self.began, self.seconds = began, 0.0
         self.written, self.published = (
@@ -145,7 +146,6 @@ class Save:
             threading.Event(),
         )
         self.error: BaseException | None = None
-        self.durable = False  # this rank's part; on rank 0 the checkpoint
         self.chunks = 0  # written so far
 
     def await_event(self, event: threading.Event) -> None:
@@ -173,7 +173,8 @@ class Save:
             )
             write_file(self.description(self.rank), own.model_dump_json().encode())
             self.written.set()
-            self.durable = self.rank > 0 or self._publish()
+            if self.rank == 0:
+                self._publish()
             self.seconds = time.monotonic() - self.began
         except BaseException as error:  # of any kind: `wait` raises it
             self.error = error
@@ -185,13 +186,13 @@ class Save:
         """What a rank says of its file: with the last of them, all files are there."""
         return self.saving / f"rank_{rank:05d}.json"
 
-    def _publish(self) -> bool:
+    def _publish(self) -> None:
         """Wait for all ranks' files, and make the folder a checkpoint. A rank that fails never describes its file:
-        `wait` learns of it, and removes the folder; False then."""
+        `wait` learns of it, and removes the folder."""
         told = [self.description(rank) for rank in range(self.ranks)]
         while not all(path.exists() for path in told):
-            if not self.saving.exists():
-                return False
+            if not self.saving.exists():  # removed by `wait`, which has raised, or by another run in this folder
+                raise FileNotFoundError(errno.ENOENT, "removed while it was being written", str(self.saving))
             time.sleep(POLL_SECONDS)
         reached("save: manifest")
         ranks = [RankFacts.model_validate_json(path.read_bytes()) for path in told]
@@ -201,8 +202,7 @@ class Save:
         sync_folder(self.saving)
         publish(self.folder, self.saving, self.name)
         reached("save: retention")
-        remove_old(self.folder, self.name, self.keep_last, self.damaged)
-        return True
+        remove_old(self.folder, self.name, self.keep_last, self.off_line)
 
 
 def prepare_folder(folder: Path, name: str, size: int) -> bool:
@@ -216,6 +216,9 @@ def prepare_folder(folder: Path, name: str, size: int) -> bool:
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)  # the run folder's own files, without which no checkpoint is found
+            with suppress(PermissionError):  # a folder that we may not list was not made by this run
+                sync_folder(folder.parent.parent)
             clear_leftovers(folder)
             refuse_full_disk(folder, sum(size for _, size, _ in facts))
             (folder / f"{SAVING}{name}").mkdir()
@@ -237,16 +240,16 @@ def file_of(rank: int) -> str:
 def tensors_of(
     spans: list[Span], buffers: dict[str, Tensor], copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, TensorFacts]]:
-    """What this rank saves: CPU tensors by their key in the file, and where they belong.
+    """What this rank saves: tensors by their key in the file, and where they belong.
 
-    Unless copied, a tensor on the CPU is the engine's own, and must not change until it is written.
+    Unless copied to the host, they are the engine's own, and must not change until they are written.
     """
     file = file_of(dist.get_rank())
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
 
     def add(name: str, kind: str, shape: list[int], start: int, values: Tensor) -> None:
-        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values.cpu()
+        tensors[key_of(name, kind, start)] = host_copy(values) if copy else values
         kinds = facts.setdefault(name, {"shape": shape, "kinds": {}})["kinds"]
         stored = kinds.setdefault(kind, {"dtype": DTYPE_NAMES[values.dtype], "pieces": []})
         stored["pieces"].append(Piece(file=file, start=start, numel=values.numel()))
@@ -301,10 +304,10 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(remains)
 
 
-def remove_old(folder: Path, newest: str, keep_last: int, damaged: frozenset[str]) -> None:
+def remove_old(folder: Path, newest: str, keep_last: int, off_line: frozenset[str]) -> None:
     """Keep the last keep_last whole checkpoints up to `newest`. A folder goes under another name: never half."""
     names = sorted(path.name for path in folder.glob("step_*") if path.is_dir() and path.name <= newest)
-    whole = [name for name in names if name not in damaged and (folder / name / MANIFEST).exists()]
+    whole = [name for name in names if name not in off_line and (folder / name / MANIFEST).exists()]
     oldest = whole[-keep_last:][0]
     for name in [name for name in names if name < oldest]:
         (folder / name).replace(folder / f"{SAVING}{name}")
@@ -328,14 +331,19 @@ def raise_on_all_ranks(error: BaseException | None) -> None:
             raise first
 
 
-def available_memory() -> float:
-    """Bytes of memory that this host could still give, within the limit of this container if there is one."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of memory that this host could still give, within the limit of this container if there is one.
+
+    What a container uses includes the pages of files that it has read and written, which the kernel gives back.
+    """
+    for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = 1024.0 * int(line.split()[1])
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = cgroup / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        available = min(available, float(limit.read_text()) - float(used.read_text()))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"])
+        available = min(available, float(limit.read_text()) - used)
     return available
 
 

@@ -37,7 +37,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], note_chunk: Callable[[], None] = lambda: None
 ) -> tuple[int, str]:
-    """Write CPU tensors, durably, and call `note_chunk` after each. Returns the file's bytes and its SHA-256."""
+    """Write tensors, durably, and call `note_chunk` after each. Returns the file's bytes and its SHA-256.
+
+    Those of a GPU come to the host one by one.
+    """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned to its type
     header: dict[str, Any] = {}
     end = 0
@@ -61,7 +64,7 @@ def write_tensors(
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from launch.ancestors import is_alive, launcher_name
+from launch.environment import describe_checkout, package_versions, utc_now
 from launch.run_config import REPO_ROOT
 from launch.run_dir import checkpoint_name
 from launch.supervise import runs_as_rank
@@ -207,9 +208,7 @@ later.
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # of a job in the background it is ignored, and what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a job in the background and its children ignore it
     only = sys.argv[1:]  # some words that a case must contain
     rows = []
     for case in all_cases():
@@ -220,7 +219,11 @@ def main() -> None:
         print(rows[-1], flush=True)
         shutil.rmtree(folder)
     if not only:
-        TABLE.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+        packages, checkout = package_versions(), describe_checkout(REPO_ROOT)
+        versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "deepspeed"))
+        commit, cores = checkout.get("commit", "unknown")[:7], len(os.sched_getaffinity(0))
+        made = f"{utc_now()[:10]}, commit {commit}, {versions}, {cores} cores"
+        TABLE.write_text("\n".join([HEAD.rstrip(), *rows, "", made]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ class Ablation:
             text=True,
         )
 
+    def start_slowly(self, command: str, *arguments: str) -> "subprocess.Popen[str]":
+        """With runs of five seconds, so that the next queue finds the first of them at work."""
+        quick, self.variables["FAKE_SECONDS"] = self.variables["FAKE_SECONDS"], "0.25"
+        try:
+            return self.start(command, *arguments)
+        finally:
+            self.variables["FAKE_SECONDS"] = quick
+
     def __call__(self, command: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(command, *arguments)
         out, err = process.communicate(timeout=PATIENCE)
@@ -215,7 +223,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_in_a_fresh_folder
 
 def test_a_run_that_outlives_its_queue_is_watched_on(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
-    queue = ablation.start("run")
+    queue = ablation.start_slowly("run")
     folder = ablation.await_step(2)
     queue.kill()
     queue.communicate()
@@ -229,7 +237,7 @@ def test_a_run_that_outlives_its_queue_is_watched_on(tmp_path: Path) -> None:
 def test_a_run_that_outlives_its_queue_is_found_by_another_name_of_the_folder(tmp_path: Path) -> None:
     ablation = Ablation(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    queue = ablation.start("run", "--exp_dir", str(tmp_path / "link" / "exp"))
+    queue = ablation.start_slowly("run", "--exp_dir", str(tmp_path / "link" / "exp"))
     folder = ablation.await_step(6)
     queue.kill()
     queue.communicate()

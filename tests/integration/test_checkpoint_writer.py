@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +106,39 @@ def test_a_save_that_is_cut_short_leaves_what_latest_names_whole(
         assert set(told["left"]) == {"latest", name(7), *sorted(published)[-1:]}
 
 
+def folders_flushed_before(run_dir: Path, phase: str) -> list[str]:
+    """Names of the folders that rank 0 flushed in its first save before it reached `phase`."""
+    setting = Setting(run_dir)
+    flushed: set[int] = set()
+    found: set[int] = set()
+
+    def note(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def look(reached: str) -> None:
+        if reached == phase:
+            found.update(flushed)
+
+    phases.listeners.append(look)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        setting.saved(5)
+    phases.listeners.remove(look)
+    setting.engine.destroy()
+    folders = [run_dir.parent, run_dir, setting.folder, setting.folder / name(5)]
+    return [folder.name for folder in folders if folder.stat().st_ino in found]
+
+
+def test_no_power_cut_leaves_a_checkpoint_and_not_the_folders_that_it_is_in(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    told, _ = two_ranks.run(folders_flushed_before, run_dir, "save: rename")
+    assert told == ["runs", "a", name(5)]
+    told, _ = two_ranks.run(folders_flushed_before, tmp_path / "runs" / "b", "save: latest")
+    assert told == ["runs", "b", "checkpoints", name(5)]
+
+
 def replace_half(run_dir: Path) -> tuple[int, list[str]]:
     """The machine stops between the two renames that put a checkpoint in the place of another."""
     setting = Setting(run_dir)
@@ -158,6 +193,41 @@ def test_a_disk_that_is_full_for_one_rank_fails_the_save_on_all_and_harms_nothin
     for answer in two_ranks.run(fail_on_rank_1, tmp_path):
         assert answer["told"] == (errno.ENOSPC, "rank_00001.safetensors", (5, []), ["latest", name(5)])
         assert answer["after"] == (7, [])
+
+
+def remove_while_writing(run_dir: Path) -> str:
+    """Another process takes the unfinished save for remains, before rank 1 has written its part."""
+    import torch.distributed as dist
+
+    setting = Setting(run_dir)
+    removed = threading.Event()
+
+    def hold(reached: str) -> None:
+        if reached == "save: write" and setting.rank == 1:
+            removed.wait(10)
+
+    phases.listeners.append(hold)
+    setting.save(6)
+    believed = False
+    if setting.rank == 0:
+        assert setting.writer.current is not None
+        setting.writer.current.written.wait()
+        program.clear_leftovers(setting.folder)
+        believed = setting.writer.finish_alone(10)
+    dist.barrier()
+    removed.set()
+    with pytest.raises(FileNotFoundError) as raised:
+        setting.writer.wait()
+    phases.listeners.remove(hold)
+    setting.engine.destroy()
+    assert not believed, "rank 0 says that it has saved"
+    return str(raised.value)
+
+
+def test_a_save_whose_folder_is_removed_is_not_taken_for_a_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    for told in two_ranks.run(remove_while_writing, tmp_path):
+        assert "removed while it was being written" in told
+        assert f"{SAVING}{name(6)}" in told
 
 
 def refuse_for_space(run_dir: Path) -> tuple[str, list[str]]:
@@ -242,12 +312,12 @@ def keep_beside_damaged(run_dir: Path) -> list[list[str]]:
     setting = Setting(run_dir)
     for step in (1, 2, 3):
         setting.saved(step)
-    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(3)])  # as found by who continued step 2
+    setting.writer = CheckpointWriter(setting.folder, 2, off_line=[name(3)])  # as found by who continued step 2
     told = []
     for step in (4, 5, 6):
         setting.saved(step)
         told.append(setting.names())
-    setting.writer = CheckpointWriter(setting.folder, 2, damaged=[name(6)])
+    setting.writer = CheckpointWriter(setting.folder, 2, off_line=[name(6)])
     setting.saved(6)  # anew: whole again
     setting.saved(7)
     setting.engine.destroy()
@@ -262,6 +332,43 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(two_ranks: RankPool, tmp
         ["latest", name(5), name(6)],
         ["latest", name(6), name(7)],
     ]
+
+
+def begin_and_save(run_dir: Path, resume: str) -> tuple[list[str], list[str]]:
+    """What is left when step 2 is continued, by train.py's choice, beside a step 9; saves at 3, 10 and 11."""
+    import torch.distributed as dist
+
+    import train
+
+    setting = Setting(run_dir)
+    for step in (1, 9, 2):
+        setting.saved(step)
+    dist.barrier()
+    steps = (2,) if resume == "2" else steps_to_resume(run_dir)
+    start = SimpleNamespace(
+        topology=SimpleNamespace(ranks=2, ep_size=2),
+        run=SimpleNamespace(deepspeed={"zero_optimization": CASE.zero}, config_hash="of the test"),
+        beginning=SimpleNamespace(action="resume", steps=steps),
+        args=SimpleNamespace(run_dir=run_dir, resume=resume),
+    )
+    data = SimpleNamespace(train=SimpleNamespace(fingerprint="synthetic"))
+    beginning = train.begin_with(start, data)  # type: ignore[arg-type]
+    assert beginning.checkpoint == setting.folder / name(2)
+    setting.writer = CheckpointWriter(setting.folder, 2, beginning.off_line)
+    setting.saved(3)
+    setting.saved(10)
+    at_10 = setting.names()
+    setting.saved(11)
+    setting.engine.destroy()
+    return at_10, setting.names()
+
+
+@pytest.mark.parametrize("resume", ["auto", "2"])
+def test_a_checkpoint_of_an_abandoned_branch_takes_no_ones_place_when_it_is_passed(
+    two_ranks: RankPool, tmp_path: Path, resume: str
+) -> None:
+    for told in two_ranks.run(begin_and_save, tmp_path, resume):
+        assert told == (["latest", name(3), name(9), name(10)], ["latest", name(10), name(11)])
 
 
 def test_the_newest_stay_and_later_steps_of_another_branch_are_not_touched(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_of_a_truncated_file_the_whole_part_is_compared_and_a_warning_says_so(
     a, b = attempt(tmp_path / "a"), attempt(tmp_path / "b", "run.train.seed=1")
     file = wandb_files(b)[0]
     content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2 + 3])
+    file.write_bytes(content[: 2 * len(content) // 3 + 3])  # among the steps, which come after the configuration
     out = printed(capsys, a, file)
     assert section(out, "Configuration")[1:] == ["run.train.seed  0  1"]
     assert 0 < int(row(out, "step")[1]) < STEPS

@@ -160,7 +160,8 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_continued(
 
     refused = begun(two_ranks, run_dir, resume="3")  # whoever asks for a step gets that one, or none
     assert refused[0] == ""
-    assert re.match(rf"DamagedCheckpoint: {re.escape(str(damaged.parent))}.*Resume from another step\.$", refused[1])
+    way_out = "Give it its name back" if (file, way) == ("manifest.json", "another's") else "Resume from another step"
+    assert re.match(rf"DamagedCheckpoint: {re.escape(str(damaged.parent))}.*{way_out}\.$", refused[1])
 
     shutil.rmtree(run_dir / "checkpoints" / OLDER)
     name, said = begun(two_ranks, run_dir)

@@ -86,6 +86,26 @@ def test_a_step_is_resumed_even_when_it_is_not_the_latest_or_the_run_is_complete
     assert decide_beginning(run_dir, HASH, "5") == Beginning("resume", 5, (5,))
 
 
+def test_a_step_that_was_about_to_be_replaced_is_resumed_by_either_way(tmp_path: Path) -> None:
+    run_dir = make_run_dir(tmp_path, steps=(5,), latest="step_00000005")
+    (run_dir / "checkpoints" / "step_00000005").rename(run_dir / "checkpoints" / "replaced_step_00000005")
+    for resume in ("auto", "5"):
+        assert decide_beginning(run_dir, HASH, resume) == Beginning("resume", 5, (5,))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"config_hash": "\xff"}', b"5", b'["h"]', b"null", b"[" * 5000],
+    ids=lambda content: repr(content[:9]),
+)
+@pytest.mark.parametrize("name", ["env.json", "summary.json"])
+def test_a_damaged_file_is_refused_by_name_whatever_is_in_it(tmp_path: Path, name: str, content: bytes) -> None:
+    run_dir = make_run_dir(tmp_path, steps=(5,), latest="step_00000005")
+    (run_dir / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}: is not valid JSON"):
+        decide_beginning(run_dir, HASH, "auto")
+
+
 def test_what_may_not_begin_is_refused_in_one_line_and_nothing_is_written(tmp_path: Path) -> None:
     run_dir = make_run_dir(tmp_path, steps=(5, 10), latest="step_00000010")
     (tmp_path / "empty").mkdir()

@@ -42,6 +42,13 @@ def test_a_buffer_that_a_rank_of_another_run_has_made_and_not_yet_mapped_stays(t
         rank.kill()
 
 
+def test_who_cannot_wait_leaves_a_young_buffer_to_the_next(tmp_path: Path) -> None:
+    young = buffer(tmp_path, f"{os.getuid()}_127.0.0.1_29500_0")
+    os.utime(young)
+    assert remove_unused_buffers(tmp_path, wait_for_young=False) == []
+    assert remove_unused_buffers(tmp_path) == [young.name]
+
+
 def test_what_belongs_to_others_is_left_alone(tmp_path: Path) -> None:
     buffer(tmp_path, f"{os.getuid() + 1}_127.0.0.1_29500_0")
     (tmp_path / "something_else").touch()
