@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -130,7 +131,9 @@ class RankWatch:
         for peer in self.peers:
             if peer.host == self.me.host and peer != self.me:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    self.neighbours[peer] = psutil.Process(peer.pid)
+                    process = psutil.Process(peer.pid)
+                    if process.create_time() == peer.born:  # else a process of this container, and that of another
+                        self.neighbours[peer] = process
         first = self.peers[0]
         self.attempt = f"{first.host}:{first.pid}:{first.born}"
 
@@ -203,12 +206,18 @@ class RankWatch:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self.closed.is_set():
-            select.select([self.ears], [], [], TICK_SECONDS)
-            now = time.monotonic()
-            self._hear_signals(now)
-            self._look_around(now)
-            self._end_if_need_be(now)
+        try:
+            while not self.closed.is_set():
+                select.select([self.ears], [], [], TICK_SECONDS)
+                now = time.monotonic()
+                self._hear_signals(now)
+                self._look_around(now)
+                self._end_if_need_be(now)
+        except BaseException:  # of any kind: nobody else would end a run of which this thread has taken the end
+            traceback.print_exc()
+            if self.has_end:
+                leave(EXIT_FAILED)
+            raise
 
     def _hear_signals(self, now: float) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -293,7 +302,10 @@ class RankWatch:
         whole = new[: new.rfind(b"\n") + 1]
         self.messages_read += len(whole)
         for line in whole.splitlines():
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:  # over NFS the lines of two hosts may overwrite each other
+                continue
             if message["attempt"] != self.attempt or message["rank"] == self.rank:
                 continue
             if message["what"] == "stop":
@@ -406,10 +418,14 @@ class RankWatch:
     def _write_stacks(self, why: str) -> None:
         """rank<N>.stacks: one line for rank 0, then what every thread of this process is doing."""
         note = {"attempt": self.attempt, "rank": self.rank, "phase": self.phase, "phases": self.phases, "why": why}
-        with open(stacks_of(self.run_dir, self.rank), "w", encoding="utf-8") as file:
-            file.write(json.dumps({**note, "waits": waits_in_a_collective()}) + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with open(stacks_of(self.run_dir, self.rank), "w", encoding="utf-8") as file:
+                file.write(json.dumps({**note, "waits": waits_in_a_collective()}) + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as fault:  # the disk is full, which may be why it hangs
+            print(f"{fault}; the stacks of rank {self.rank} are here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         """What the ranks said of themselves, as far as they did within NOTES_SECONDS."""
