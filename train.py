@@ -313,7 +313,9 @@ class Trainer:
         gpu_monitor: GpuMonitor,
     ) -> None:
         self.run, self.topology, self.log, self.data = start.run, start.topology, log, data
-        self.watch, self.stop = watch, StopRequest(watch.is_asked, watch.stand_by)
+        # a save that fails in the background ends the run at the next step, not at the next save
+        self.watch = watch
+        self.stop = StopRequest(lambda: watch.is_asked() or self.writer.has_failed, watch.stand_by)
         self.gpu_monitor, self.compiles = gpu_monitor, CompileWatch()
         self.run_dir, self.checkpoints = start.args.run_dir, start.args.run_dir / "checkpoints"
         self.beginning, self.state = beginning, beginning.state

@@ -16,6 +16,7 @@ from launch.environment import variables_of_interpreter
 from launch.nodes import rank_variables_of_slurm
 from launch.run_config import Run, load_run
 from launch.run_dir import EXIT_REFUSED, Beginning, decide_beginning, write_text
+from launch.supervise import refuse_if_in_use
 from launch.topology import Topology, resolve_topology
 from model.config import ConfigError
 
@@ -50,6 +51,7 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
         run = load_run(args.config, args.assignments)
         topology = resolve_topology(run, world_size // local_world_size, local_world_size)
         beginning = decide_beginning(args.run_dir, run.config_hash, args.resume)
+        refuse_if_in_use(args.run_dir)
     except ConfigError as error:
         say_refusal(error, rank, args)
         sys.exit(EXIT_REFUSED)

@@ -113,6 +113,11 @@ class CheckpointWriter:
             self.current = None
         self.last_save_s = save.seconds
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the last save has failed; `wait` raises why, on all ranks."""
+        return self.current is not None and self.current.error is not None
+
     def finish_alone(self, timeout_s: float) -> bool:
         """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
 
@@ -288,20 +293,22 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     sync_folder(folder)
     reached("save: latest")
     write_file(folder / LATEST, name.encode())
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a save that was cut short has left; a checkpoint that was to be replaced, and was not, stays."""
+    """Remove what a save that was cut short has left; a checkpoint that was to be replaced, and was not, stays.
+
+    What cannot be removed yet (a file that is open elsewhere on NFS) is left to the next time.
+    """
     for replaced in folder.glob(f"{REPLACED}*"):
         final = folder / replaced.name.removeprefix(REPLACED)
         if final.exists():
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             replaced.replace(final)
     for remains in folder.glob(f"{SAVING}*"):
-        shutil.rmtree(remains)
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def remove_old(folder: Path, newest: str, keep_last: int, off_line: frozenset[str]) -> None:
@@ -311,7 +318,7 @@ def remove_old(folder: Path, newest: str, keep_last: int, off_line: frozenset[st
     oldest = whole[-keep_last:][0]
     for name in [name for name in names if name < oldest]:
         (folder / name).replace(folder / f"{SAVING}{name}")
-        shutil.rmtree(folder / f"{SAVING}{name}")
+        shutil.rmtree(folder / f"{SAVING}{name}", ignore_errors=True)
 
 
 def refuse_full_disk(folder: Path, size: int) -> None:
@@ -324,6 +331,8 @@ def refuse_full_disk(folder: Path, size: int) -> None:
 
 def raise_on_all_ranks(error: BaseException | None) -> None:
     """Raise the error of the first rank that has one, on every rank. All ranks call this."""
+    if error is not None and not isinstance(error, OSError | CheckpointError):  # it may not travel
+        error = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for first in errors:
@@ -362,9 +371,13 @@ def choose_checkpoint(folder: Path, names: list[str], expected: TrainingState) -
     Raises CheckpointError, the same on all ranks, if none is whole, or the first that is belongs to other data.
     """
     damaged: list[str] = []
+    refusal = None
     if dist.get_rank() == 0:
-        clear_leftovers(folder)  # which may be a checkpoint that was about to be replaced
-    dist.barrier()
+        try:
+            clear_leftovers(folder)  # which may be a checkpoint that was about to be replaced
+        except OSError as failure:
+            refusal = CheckpointError(f"{folder}: cannot be written to ({failure}). Give this user access to it.")
+    raise_on_all_ranks(refusal)
     for name in names:
         error, manifest = None, None
         try:

@@ -98,7 +98,8 @@ class TrainingPartition:
 
     def optimizer_steps(self) -> set[float]:
         """The numbers of updates that the parameters here have had, as AdamW counts them: one number, or none yet."""
-        return {float(state["step"]) for state in self.torch_optimizer.state.values() if "step" in state}
+        states = [self.torch_optimizer.state.get(buffer, {}) for buffer, parts in self._buffers() if parts]
+        return {float(state["step"]) for state in states if "step" in state}
 
     def make_moments(self, kinds: dict[str, set[str]], muon_dtype: torch.dtype | None, steps: float) -> None:
         """Give a new optimizer the moments, zeros, that it would have after an update.

@@ -174,6 +174,9 @@ def fail_on_rank_1(run_dir: Path) -> dict[str, Any]:
         program.write_tensors = full
     try:
         setting.save(6)
+        assert setting.writer.current is not None
+        setting.writer.current.written.wait()
+        assert setting.writer.has_failed == (setting.rank == 1), "it is known before anybody waits for the save"
         with pytest.raises(OSError, match="No space left") as raised:
             setting.writer.wait()
     finally:

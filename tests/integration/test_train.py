@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch.environment import utc_now
 from launch.run_config import REPO_ROOT
 from model.checkpoint import read_tensors
 
@@ -181,6 +183,17 @@ def test_a_refusal_is_one_line_and_exit_code_two_and_creates_nothing(
     assert refused.returncode == 2
     assert refused.stderr.strip().splitlines()[-1].startswith(error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(1, run_dir, "--set", "run.train.stop_at_step=1")
+    running = {"status": "running", "hostname": socket.gethostname(), "pid": os.getpid(), "started": utc_now()}
+    (run_dir / "summary.json").write_text(json.dumps(running))
+    refused = train(1, run_dir)
+    assert refused.returncode == 2
+    assert f"a run is writing to it (process {os.getpid()}" in refused.stderr
+    assert json.loads((run_dir / "summary.json").read_text()) == running
 
 
 def test_a_nan_ends_the_run_as_nan_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
