@@ -33,6 +33,7 @@ import psutil
 
 from launch.ancestors import is_alive
 from launch.run_dir import EXIT_CODES, EXIT_FAILED, EXIT_STOPPED, Status, read_summary
+from launch.screen import show
 from launch.supervise import close_summary, last_logged_step
 
 TICK_SECONDS = 0.5
@@ -327,7 +328,7 @@ class RankWatch:
         elif self.asked is not None and now - self.asked_at > BOUNDARY_SECONDS and not self.standing_by:
             if self.attempt is None:
                 if self._take_end():
-                    print(f"stopped before the run began: {self.asked}", file=sys.stderr, flush=True)
+                    show(f"stopped before the run began: {self.asked}", sys.stderr)
                     leave(EXIT_FAILED)
             elif self.rank == 0:
                 self._end_asked()
@@ -424,7 +425,7 @@ class RankWatch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as fault:  # the disk is full, which may be why it hangs
-            print(f"{fault}; the stacks of rank {self.rank} are here:", file=sys.stderr, flush=True)
+            show(f"{fault}; the stacks of rank {self.rank} are here:", sys.stderr)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _notes(self) -> dict[int, dict[str, Any]]:
