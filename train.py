@@ -11,6 +11,7 @@ from launch.begin import begin_or_exit, say_refusal
 if __name__ == "__main__":
     START = begin_or_exit()  # a run that cannot work is refused here, before the seconds that torch takes to import
 
+import contextlib
 import logging
 import math
 import os
@@ -755,8 +756,9 @@ def end_process(code: int) -> None:
     """
     if dist.is_initialized() and code != EXIT_FAILED:
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody reads any more (launch/screen.py)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -11,7 +11,6 @@ Exit codes: 0 done; 2 refused; 3 stopped on request; 4 a run has failed or is un
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +28,7 @@ from launch.run_config import REPO_ROOT
 from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_REFUSED
 from launch.run_log import thousands
 from launch.run_queue import RunQueue, launch_command, number_of_slots
+from launch.screen import turn_away
 from launch.suite import Leg, Suite, load_suite
 from launch.wandb_run import WandbFailure
 from model.config import ConfigError, DataError
@@ -220,7 +220,7 @@ def tell(how: Callable[[], None]) -> None:
     try:
         how()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        turn_away(sys.stdout)
 
 
 def table_of(experiment: Experiment, states: list[RunState]) -> Table:

@@ -15,6 +15,7 @@ from typing import Any
 
 from launch.run_dir import Status
 from launch.run_log import RunLog
+from launch.screen import show
 
 DISK_FULL = "disk full: "  # how the reason begins; launch.run does not start such a run again
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -64,11 +65,11 @@ def record_fault(run_dir: Path, rank: int, log: RunLog | None, error: BaseExcept
         if rank == 0 and log is not None:
             log.say(trace)
             return
-        print(trace, file=sys.stderr)
+        show(trace, sys.stderr)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / f"rank{rank}.{'lost' if lost_peer(error) else 'err'}").write_text(trace)
     except OSError as fault:
-        print(f"{trace}rank {rank} could not write this down: {fault}", file=sys.stderr)
+        show(f"{trace}rank {rank} could not write this down: {fault}", sys.stderr)
 
 
 def finish(log: RunLog, status: Status, reason: str, figures: dict[str, Any]) -> None:
@@ -78,5 +79,5 @@ def finish(log: RunLog, status: Status, reason: str, figures: dict[str, Any]) ->
             log.finish(status, reason, figures)
             return
         except OSError as fault:
-            print(f"{status}: {reason}; summary.json may not say so: {fault}", file=sys.stderr, flush=True)
+            show(f"{status}: {reason}; summary.json may not say so: {fault}", sys.stderr)
             time.sleep(attempt)

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -32,6 +33,7 @@ import psutil
 
 from launch.ancestors import is_alive
 from launch.run_dir import EXIT_CODES, EXIT_FAILED, EXIT_STOPPED, Status, read_summary
+from launch.screen import show
 from launch.supervise import close_summary, last_logged_step
 
 TICK_SECONDS = 0.5
@@ -130,7 +132,9 @@ class RankWatch:
         for peer in self.peers:
             if peer.host == self.me.host and peer != self.me:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    self.neighbours[peer] = psutil.Process(peer.pid)
+                    process = psutil.Process(peer.pid)
+                    if process.create_time() == peer.born:  # else a process of this container, and that of another
+                        self.neighbours[peer] = process
         first = self.peers[0]
         self.attempt = f"{first.host}:{first.pid}:{first.born}"
 
@@ -166,6 +170,9 @@ class RankWatch:
         """
         if fault:
             time.sleep(2 * TICK_SECONDS)
+            if self.asked and self.durable is not None and not self.durable(BOUNDARY_SECONDS):
+                with self.ending:
+                    self.durable = None  # the fault may be that of this save
             deadline = time.monotonic() + BOUNDARY_SECONDS + 2 * TICK_SECONDS
             while self.asked and self.lost is None and self.durable is not None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS)
@@ -200,12 +207,18 @@ class RankWatch:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self.closed.is_set():
-            select.select([self.ears], [], [], TICK_SECONDS)
-            now = time.monotonic()
-            self._hear_signals(now)
-            self._look_around(now)
-            self._end_if_need_be(now)
+        try:
+            while not self.closed.is_set():
+                select.select([self.ears], [], [], TICK_SECONDS)
+                now = time.monotonic()
+                self._hear_signals(now)
+                self._look_around(now)
+                self._end_if_need_be(now)
+        except BaseException:  # of any kind: nobody else would end a run of which this thread has taken the end
+            traceback.print_exc()
+            if self.has_end:
+                leave(EXIT_FAILED)
+            raise
 
     def _hear_signals(self, now: float) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -290,7 +303,10 @@ class RankWatch:
         whole = new[: new.rfind(b"\n") + 1]
         self.messages_read += len(whole)
         for line in whole.splitlines():
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:  # over NFS the lines of two hosts may overwrite each other
+                continue
             if message["attempt"] != self.attempt or message["rank"] == self.rank:
                 continue
             if message["what"] == "stop":
@@ -312,7 +328,7 @@ class RankWatch:
         elif self.asked is not None and now - self.asked_at > BOUNDARY_SECONDS and not self.standing_by:
             if self.attempt is None:
                 if self._take_end():
-                    print(f"stopped before the run began: {self.asked}", file=sys.stderr, flush=True)
+                    show(f"stopped before the run began: {self.asked}", sys.stderr)
                     leave(EXIT_FAILED)
             elif self.rank == 0:
                 self._end_asked()
@@ -328,14 +344,16 @@ class RankWatch:
         """On rank 0: stop without a step boundary, if the state is that of a checkpoint. The other ranks follow."""
         if self.durable is None or not self._take_end():
             return
-        if self.durable is None:  # the main thread was faster, and will be at a step boundary soon
+        durable = self.durable
+        if durable is None:  # the main thread was faster, and will be at a step boundary soon
             self.has_end = False
             self.ending.release()
             return
         self._tell("end", str(self.asked))
         deadline = time.monotonic() + SAVE_SECONDS
-        while not (saved := self.durable(TICK_SECONDS)) and time.monotonic() < deadline:
+        while not (saved := durable(TICK_SECONDS)) and time.monotonic() < deadline:
             self._hear_signals(time.monotonic())
+            time.sleep(TICK_SECONDS / 5)  # of a save that failed it knows at once
         if saved:
             self._end_run("stopped", f"{self.asked}, in {self.phase!r}, with nothing new to save")
             leave(EXIT_STOPPED)
@@ -401,10 +419,14 @@ class RankWatch:
     def _write_stacks(self, why: str) -> None:
         """rank<N>.stacks: one line for rank 0, then what every thread of this process is doing."""
         note = {"attempt": self.attempt, "rank": self.rank, "phase": self.phase, "phases": self.phases, "why": why}
-        with open(stacks_of(self.run_dir, self.rank), "w", encoding="utf-8") as file:
-            file.write(json.dumps({**note, "waits": waits_in_a_collective()}) + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with open(stacks_of(self.run_dir, self.rank), "w", encoding="utf-8") as file:
+                file.write(json.dumps({**note, "waits": waits_in_a_collective()}) + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as fault:  # the disk is full, which may be why it hangs
+            show(f"{fault}; the stacks of rank {self.rank} are here:", sys.stderr)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         """What the ranks said of themselves, as far as they did within NOTES_SECONDS."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.faults import DISK_FULL
 from launch.run_dir import EXIT_FAILED, latest_step, read_summary
 from launch.supervise import StopRequests, say, started_of
+from model.config import ConfigError
 
 AGAIN = ("failed", "oom", "hang")
 FOR_A_PERSON = (DISK_FULL, "LossSpike: ")  # how the reasons of such failures begin
@@ -21,7 +22,10 @@ FOR_A_PERSON = (DISK_FULL, "LossSpike: ")  # how the reasons of such failures be
 def run_with_restarts(attempt: Callable[[int], int], run_dir: Path, restarts: int, stop: StopRequests) -> int:
     """The exit code of the last of at most 1 + restarts attempts; `attempt` gets the number of those before it."""
     for number in range(restarts + 1):
-        started_before = started_of(run_dir)
+        try:
+            started_before = started_of(run_dir)
+        except (ConfigError, OSError):  # the attempt refuses such a folder, and says why
+            started_before = None
         code = attempt(number)
         if code != EXIT_FAILED or stop.count > 0 or number == restarts:
             return code

@@ -32,6 +32,7 @@ from launch.nodes import (
 from launch.restarts import run_with_restarts
 from launch.run_config import REPO_ROOT, Run, load_run
 from launch.run_dir import EXIT_COMPLETED, EXIT_REFUSED, Beginning, decide_beginning
+from launch.screen import show
 from launch.supervise import StopRequests, refuse_if_in_use, supervise
 from launch.topology import Topology, resolve_num_gpus, resolve_topology, visible_gpus
 from model.config import ConfigError
@@ -78,7 +79,7 @@ def run_once(args: argparse.Namespace, script: Path, stop: StopRequests, number:
         print(f"ConfigError: {error}", file=sys.stderr)
         return EXIT_REFUSED
 
-    print(f"launch.run: {shown}", flush=True)
+    show(f"launch.run: {shown}")
     if hosts:
         args.run_dir.parent.mkdir(parents=True, exist_ok=True)
     # what is said between here and the ranks; beside the run folder, since all nodes see that place

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from launch.environment import utc_now
 from launch.run_config import Run
 from launch.run_dir import EXIT_CODES, EXIT_FAILED, Status, read_json_object, read_summary, write_json, write_text
+from launch.screen import show
 from launch.wandb_run import WandbRun
 from model.flops import mfu_percent
 
@@ -166,9 +167,10 @@ class RunLog:
 
     def _print(self, text: str) -> None:
         if self.bar is not None:
-            tqdm.write(text, file=sys.stdout)
+            with tqdm.external_write_mode(file=sys.stdout):
+                show(text)
         else:
-            print(text, flush=True)
+            show(text)
 
 
 class StepLines:

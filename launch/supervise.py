@@ -42,6 +42,7 @@ from launch.run_dir import (
     read_summary,
     write_json,
 )
+from launch.screen import show
 from launch.shared_memory import remove_unused_buffers
 from model.config import ConfigError
 
@@ -434,4 +435,4 @@ def refuse_if_in_use(run_dir: Path) -> None:
 
 
 def say(text: str) -> None:
-    print(f"launch.run: {text}", file=sys.stderr, flush=True)
+    show(f"launch.run: {text}", sys.stderr)

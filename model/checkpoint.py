@@ -70,7 +70,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep_last: int, off_line: Iterable[str] = ()) -> None:
         self.folder, self.keep_last, self.off_line = folder, keep_last, set(off_line)
-        self.current: Save | None = None
+        self.current: Save | None = None  # that `wait` has not seen the end of
+        self.newest: Save | None = None
         self.stall_s = 0.0  # that training has waited for saves, in all
         self.last_save_s = 0.0  # from the request until `latest` named it, of the last one; on rank 0
 
@@ -89,7 +90,7 @@ class CheckpointWriter:
         steps = sorted(partition.optimizer_steps())
         save = Save(self.folder, name, state, self.keep_last, frozenset(self.off_line), facts, steps, began)
         save.start(tensors)
-        self.current = save
+        self.current = self.newest = save
         if not background:
             self.wait()
         self.stall_s += time.monotonic() - began
@@ -120,9 +121,9 @@ class CheckpointWriter:
     def finish_alone(self, timeout_s: float) -> bool:
         """Wait for this rank's part of the last save, on rank 0 until it is published, without the other ranks.
 
-        Returns whether it is done, and without an error.
+        Returns whether it is done, and without an error: also one that `wait` has raised.
         """
-        save = self.current
+        save = self.newest
         return save is None or (save.published.wait(timeout_s) and save.error is None)
 
 

@@ -181,8 +181,10 @@ def fail_on_rank_1(run_dir: Path) -> dict[str, Any]:
             setting.writer.wait()
     finally:
         program.write_tensors = write_tensors
+    assert not setting.writer.finish_alone(0), "it is not on disk"
     told = (raised.value.errno, Path(raised.value.filename).name, setting.found(), setting.names())
     setting.saved(7)
+    assert setting.writer.finish_alone(0)
     after = setting.found()
     setting.engine.destroy()
     return {"told": told, "after": after}

@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher_table import ENDLESS, HELD_TRAIN, Case, Started, outcome_of
+from launcher_table import ENDLESS, HELD_TRAIN, PATIENCE, TINY, Case, Started, outcome_of
+
+from launch.run_config import REPO_ROOT
+from launch.run_dir import checkpoint_name
 
 STOP_SECONDS = 30  # what is promised
 BATCHES = 16  # of a validation on synthetic data, on each of two ranks
@@ -36,6 +43,29 @@ def test_a_rank_that_is_killed_is_no_request_to_stop(tmp_path: Path) -> None:
     outcome = outcome_of(Case("launch.run", signal.SIGKILL, "rank 1"), tmp_path)
     assert (outcome.status, outcome.saved, outcome.code, outcome.orphans) == ("failed", False, 4, 0), outcome
     assert outcome.reason.startswith("a rank ended without a word")
+
+
+def test_a_terminal_that_is_closed_asks_for_a_stop(tmp_path: Path) -> None:
+    """Nothing can be printed then, by launch.run or the ranks."""
+    run_dir = tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "launch.run", str(TINY), "--run_dir", str(run_dir), "--set", *ENDLESS]
+        os.chdir(REPO_ROOT)
+        os.execv(sys.executable, command)
+    os.set_blocking(terminal, False)
+    deadline = time.monotonic() + PATIENCE
+    while not (run_dir / "metrics.jsonl").is_file() or len(metrics(run_dir)) < 4:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)  # lest a full terminal holds the run up
+        time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(summary["step"])
 
 
 def held(rank: int, phase: str, nth: int, seconds: float, folder: Path) -> dict[str, str]:
@@ -68,6 +98,16 @@ def test_a_stop_during_a_save_ends_with_a_newer_one(tmp_path: Path) -> None:
     assert (outcome.status, outcome.code, outcome.saved, outcome.orphans) == ("stopped", 3, True, 0), outcome
     assert outcome.seconds < STOP_SECONDS
     assert run.summary()["step"] > 2
+
+
+def test_a_stop_while_the_last_step_is_being_saved_waits_until_it_is_on_disk(tmp_path: Path) -> None:
+    hold = held(0, "save: rename", 2, 9, tmp_path)  # longer than the watch gives the main thread
+    with Started("launch.run", tmp_path, "run.train.num_steps=4", script=HELD_TRAIN, **hold) as run:
+        run.await_file(tmp_path / "held0")
+        run.send(signal.SIGTERM, "rank 0")
+        outcome = run.end()
+    assert (outcome.status, outcome.code, outcome.saved, outcome.orphans) == ("stopped", 3, True, 0), outcome
+    assert run.summary()["step"] == 4
 
 
 def test_a_validation_that_a_stop_cuts_short_is_done_by_who_continues(tmp_path: Path) -> None:

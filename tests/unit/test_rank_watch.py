@@ -240,6 +240,33 @@ def test_a_rank_that_is_frozen_is_named_by_the_others(start: Start, run_dir: Pat
     assert summary(run_dir) == ("hang", "no rank got on for 1 s; no word from rank 1; see rank*.stacks")
 
 
+def test_a_hang_ends_in_bounded_time_where_no_stack_can_be_written(start: Start, run_dir: Path) -> None:
+    (run_dir / "rank0.stacks").mkdir()  # as good as a full disk
+    (first,) = start("meet forward wait", hang=1)
+    assert first.code() == 4
+    assert summary(run_dir)[0] == "hang"
+    assert first.process.stdout is not None
+    assert "watched_rank.py" in first.process.stdout.read()
+
+
+def test_a_watch_that_fails_while_it_ends_the_run_lets_nobody_wait_for_it(start: Start, run_dir: Path) -> None:
+    (first,) = start("meet broken_save forward wait")
+    first.await_line("waiting")
+    first.send(signal.SIGTERM)
+    assert first.code() == 4
+
+
+def test_a_line_that_two_hosts_wrote_at_once_silences_nobody(start: Start, run_dir: Path) -> None:
+    first, second = start("meet ready boundary", "meet ready boundary wait")
+    first.await_line("reached ready")
+    second.await_line("reached ready")
+    with open(run_dir / "requests.jsonl", "ab") as file:
+        file.write(b'{"attempt": \0\0\0p", "why"\n')
+    time.sleep(0.5)
+    second.send(signal.SIGTERM)
+    first.await_line("agreed: SIGTERM to rank 1")
+
+
 def test_time_in_which_all_ranks_stood_still_is_no_hang(start: Start, run_dir: Path) -> None:
     (first,) = start("meet forward wait", hang=4)
     first.await_line("waiting")
@@ -274,6 +301,14 @@ def test_a_fault_that_a_request_to_stop_brings_about_is_a_stop(start: Start, run
     first.send(signal.SIGTERM)
     assert first.code() == 3
     assert summary(run_dir)[0] == "stopped"
+
+
+def test_a_save_that_fails_after_a_request_to_stop_is_a_fault_all_the_same(start: Start, run_dir: Path) -> None:
+    (first,) = start("meet failed_save await_request fault")
+    first.await_line("reached failed save")
+    first.send(signal.SIGTERM)
+    assert first.code() == 4
+    assert summary(run_dir) == ("failed", "a fault")
 
 
 def test_a_request_of_an_earlier_attempt_is_none_of_this_one(start: Start, run_dir: Path) -> None:

@@ -80,6 +80,16 @@ def test_an_attempt_that_never_began_is_made_again(run_dir: Path, capsys: pytest
     assert "2 of 3: no rank began to train; from step 40" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_folder_that_the_attempt_refuses_is_no_business_of_a_restart(tmp_path: Path, restarts: int) -> None:
+    damaged, file = tmp_path / "damaged", tmp_path / "file"
+    damaged.mkdir()
+    (damaged / "summary.json").write_text("{")
+    file.touch()
+    for run_dir in (damaged, file):
+        assert run_with_restarts(lambda _: EXIT_REFUSED, run_dir, restarts, StopRequests()) == EXIT_REFUSED
+
+
 def test_fewer_than_no_restarts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse_launch_arguments(["run.json", "--restarts", "-1"])

@@ -45,6 +45,11 @@ for command in sys.argv[5:]:
         watch.state_is_saved(lambda _: True)
     elif command == "never saved":
         watch.state_is_saved(lambda seconds: time.sleep(seconds) or False)
+    elif command == "broken save":
+        watch.state_is_saved(lambda _: 1 / 0)
+    elif command == "failed save":
+        watch.state_is_saved(lambda _: False)
+        tell("reached failed save")
     elif command == "boundary":  # until the watch knows of a request
         while not watch.is_asked():
             time.sleep(0.01)
