@@ -50,7 +50,7 @@ from launch.run_dir import (
 from launch.run_log import RunLog, tail_figures
 from launch.zero_settings import offloads, zero_stage
 from model.attention import attention_backend
-from model.checkpoint import CheckpointWriter, choose_checkpoint, load_checkpoint
+from model.checkpoint import CheckpointWriter, choose_checkpoint, load_checkpoint, name_latest
 from model.compiling import CompileWatch, compile_blocks
 from model.config import CheckpointError, ConfigError, DataError
 from model.data import builtin_dir
@@ -118,6 +118,8 @@ def run_under_watch(start: Start, watch: RankWatch) -> int:
     log, trainer = None, None
     try:
         environment = environment_of(start, data)
+        if start.rank == 0 and start.args.resume != "auto" and beginning.checkpoint is not None:
+            name_latest(beginning.checkpoint)  # before the lines of later steps go: that branch is abandoned
         log = RunLog(
             run_dir,
             run,

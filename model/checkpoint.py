@@ -296,6 +296,11 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def name_latest(checkpoint: Path) -> None:
+    """Let `latest` name another checkpoint that is there: whoever continues the run continues from that one."""
+    write_file(checkpoint.parent / LATEST, checkpoint.name.encode())
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what a save that was cut short has left; a checkpoint that was to be replaced, and was not, stays.
 

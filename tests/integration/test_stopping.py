@@ -141,6 +141,24 @@ def test_a_rank_that_hangs_ends_the_run_with_its_stacks_and_the_run_is_started_a
     assert [line["step"] for line in metrics(run.run_dir)] == list(range(7))
 
 
+def test_a_run_that_went_back_to_a_step_is_started_again_from_there(tmp_path: Path) -> None:
+    """Its branch holds no checkpoint of its own yet, and `latest` had named one of the branch that was abandoned."""
+    settings = ("run.train.num_steps=6", "run.train.save_every=2", "run.train.keep_last=9")
+    with Started("launch.run", tmp_path, *settings, "run.train.stop_at_step=4") as run:
+        assert run.end(patience=120).code == 3, run.printed()
+    hold = held(1, "backward", 1, 300, tmp_path)
+    options = ("--resume", "2", "--restarts", "1")
+    with Started("launch.run", tmp_path, *settings, script=HELD_TRAIN, options=options, **hold) as run:
+        run.await_file(tmp_path / "held1")
+        run.send(signal.SIGKILL, "rank 1")
+        outcome = run.end(patience=120)
+        printed = run.printed()
+    assert (outcome.status, outcome.code) == ("completed", 0), printed
+    assert "; from step 2" in printed
+    assert (run.run_dir / "log.txt").read_text().count("continued from step_00000002") == 2
+    assert [line["step"] for line in metrics(run.run_dir)] == list(range(7))
+
+
 def test_a_hung_rank_0_says_so_itself_under_plain_deepspeed(tmp_path: Path) -> None:
     hold = held(0, "update", 3, 300, tmp_path)
     with Started("deepspeed", tmp_path, *ENDLESS, "run.train.hang_timeout_s=6", script=HELD_TRAIN, **hold) as run:
