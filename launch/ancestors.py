@@ -8,11 +8,13 @@ ranks, SIGKILL of launch.py orphans the ranks. A queue of ablations is no launch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "launch.run")
+OWN_LAUNCHER = "MOELAB_LAUNCHER"  # environment variable: the process id of launch.run, for ranks on its machine
 SCRIPTS = ("deepspeed", "torchrun")  # what pip installs for the second and the third
 
 
@@ -30,6 +32,14 @@ def launchers_above(process: psutil.Process | None = None) -> dict[str, psutil.P
     except psutil.Error:  # it ended while we looked, and those above it cannot be found any more
         pass
     return found
+
+
+def own_launcher(variables: Mapping[str, str]) -> psutil.Process | None:
+    """The launch.run that has started this rank, however it was started itself; None if it is gone."""
+    try:
+        return psutil.Process(int(variables[OWN_LAUNCHER]))
+    except psutil.NoSuchProcess:
+        return None
 
 
 def launcher_name(command_line: list[str]) -> str | None:

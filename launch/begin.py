@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from launch.ancestors import launchers_above
+from launch.ancestors import launchers_above, own_launcher
 from launch.command_line import parse_train_arguments
 from launch.environment import variables_of_interpreter
 from launch.nodes import rank_variables_of_slurm
@@ -39,7 +39,7 @@ def begin_or_exit(argv: list[str] | None = None) -> Start:
     args = parse_train_arguments(argv)
     launchers: dict[str, psutil.Process | None] = {**launchers_above()}  # at once: one that goes from now on is missed
     if args.refusal_file is not None and args.stop_file is None:  # launch.run is on this machine
-        launchers.setdefault("launch.run", None)
+        launchers["launch.run"] = own_launcher(os.environ)
     os.environ.update(variables_of_interpreter(os.environ))
     if args.slurm_ranks:
         os.environ.update(rank_variables_of_slurm(os.environ))

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.ancestors import OWN_LAUNCHER
 from launch.command_line import parse_launch_arguments
 from launch.environment import variables_of_interpreter
 from launch.memory import GIB, estimate_memory
@@ -211,6 +212,7 @@ def environment_of_ranks(plan: Plan, environment: Mapping[str, str], hosts: list
     """
     launch = plan.run.launch
     variables = {**environment, **variables_of_interpreter(environment), **cpu_variables(plan)}
+    variables[OWN_LAUNCHER] = str(os.getpid())
     if is_over_slurm(plan):
         port = launch.master_port or free_port()
         variables |= {"MASTER_ADDR": launch.master_addr or hosts[0], "MASTER_PORT": str(port)}

@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_a_terminal_that_is_closed_asks_for_a_stop(tmp_path: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "stopped"
     assert (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(summary["step"])
+
+
+def test_a_rank_knows_its_launch_run_however_that_was_started(tmp_path: Path) -> None:
+    """A profiler, a debugger, `python -um launch.run`: no command line that launchers are known by."""
+    arguments = [str(TINY), "--run_dir", str(tmp_path / "run"), "--set", "run.train.num_steps=2"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-um", "launch.run", *arguments]
+    done = subprocess.run(command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def held(rank: int, phase: str, nth: int, seconds: float, folder: Path) -> dict[str, str]:
