@@ -20,7 +20,8 @@ from launch.screen import show
 DISK_FULL = "disk full: "  # how the reason begins; launch.run does not start such a run again
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ATTEMPTS = 4
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+# torch's and python's errors; what torch says on a CPU; CUDA's own words, in errors of NCCL and of what compiles
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "out of memory")
 
 
 def status_of(error: BaseException) -> tuple[Status, str]:
@@ -32,7 +33,7 @@ def status_of(error: BaseException) -> tuple[Status, str]:
             return "failed", (
                 f"{DISK_FULL}{named}{cause.strerror}. Make room; the same command goes on from the last checkpoint"
             )
-    return ("oom" if type(error).__name__ in OUT_OF_MEMORY else "failed"), reason
+    return status_of_text(f"{type(error).__name__}: {error}")[0], reason
 
 
 def status_of_text(text: str) -> tuple[Status, str]:

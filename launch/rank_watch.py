@@ -44,6 +44,7 @@ FINISH_SECONDS = 5.0  # for W&B, once the summary is written
 PEER_SECONDS = 20.0  # for the main thread to find out by itself that a peer is gone: gloo says so, NCCL does not
 NOTES_SECONDS = 5.0  # for the stacks of the other ranks
 FAULTS_SECONDS = 5.0  # between looks for faults that other ranks wrote down
+SAME_BIRTH_SECONDS = 2.0  # Linux counts births from the boot, whose time moves when the clock is set
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -133,7 +134,8 @@ class RankWatch:
             if peer.host == self.me.host and peer != self.me:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process = psutil.Process(peer.pid)
-                    if process.create_time() == peer.born:  # else a process of this container, and that of another
+                    # else the rank is in another container of this host, and the process is another one
+                    if abs(process.create_time() - peer.born) < SAME_BIRTH_SECONDS:
                         self.neighbours[peer] = process
         first = self.peers[0]
         self.attempt = f"{first.host}:{first.pid}:{first.born}"

@@ -24,6 +24,10 @@ def test_memory_that_ran_out_is_called_so() -> None:
         "OutOfMemoryError: CUDA out of memory.",
     )
     assert status_of(MemoryError())[0] == "oom"
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60)
+    assert status_of(raised.value)[0] == "oom"
+    assert status_of(RuntimeError("NCCL error ...\nCuda failure 2 'out of memory'"))[0] == "oom"
     assert status_of(RuntimeError("shapes"))[0] == "failed"
     assert status_of_text("Traceback ...\ntorch.OutOfMemoryError: x") == ("oom", "")
     assert status_of_text("Traceback ...\nAssertionError") == ("failed", "")

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from launch.ancestors import launcher_name, launchers_above
+from launch.rank_watch import Peer, RankWatch
 from launch.run_config import REPO_ROOT
 
 WATCHED_RANK = Path(__file__).parent / "watched_rank.py"
@@ -265,6 +266,16 @@ def test_a_line_that_two_hosts_wrote_at_once_silences_nobody(start: Start, run_d
     time.sleep(0.5)
     second.send(signal.SIGTERM)
     first.await_line("agreed: SIGTERM to rank 1")
+
+
+def test_a_process_of_another_container_is_not_looked_for_here(run_dir: Path) -> None:
+    """Containers may share a host's name, and number their processes alike."""
+    parent = psutil.Process(os.getppid())
+    watch = RankWatch(0, run_dir)
+    here = Peer(1, watch.me.host, parent.pid, parent.create_time() + 1)
+    elsewhere = Peer(2, watch.me.host, parent.pid, parent.create_time() - 60)
+    watch.meet(lambda me: [me, here, elsewhere], lambda *_: None, collectives_block=True)
+    assert list(watch.neighbours) == [here]
 
 
 def test_time_in_which_all_ranks_stood_still_is_no_hang(start: Start, run_dir: Path) -> None:
