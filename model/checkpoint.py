@@ -102,15 +102,16 @@ class CheckpointWriter:
             return
         try:
             save.await_event(save.written)
-            raise_on_all_ranks(save.error)
-            save.await_event(save.published)
-            raise_on_all_ranks(save.error)
-        except BaseException:
+            error = first_error(save.error)
+            if error is None:
+                save.await_event(save.published)
+                error = first_error(save.error)
+        finally:  # a peer may be gone: what rank 0 is publishing then is as good as before
+            self.current = None
+        if error is not None:
             if save.rank == 0:
                 shutil.rmtree(save.saving, ignore_errors=True)
-            raise
-        finally:
-            self.current = None
+            raise error
         self.last_save_s = save.seconds
 
     @property
@@ -146,10 +147,7 @@ class Save:
         self.state, self.keep_last, self.off_line = state, keep_last, off_line
         self.facts, self.optimizer_steps = facts, optimizer_steps
         self.began, self.seconds = began, 0.0
-        self.written, self.published = (
-            threading.Event(),
-            threading.Event(),
-        )
+        self.written, self.published = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         self.chunks = 0  # written so far
 
@@ -336,13 +334,18 @@ def refuse_full_disk(folder: Path, size: int) -> None:
 
 def raise_on_all_ranks(error: BaseException | None) -> None:
     """Raise the error of the first rank that has one, on every rank. All ranks call this."""
+    first = first_error(error)
+    if first is not None:
+        raise first
+
+
+def first_error(error: BaseException | None) -> BaseException | None:
+    """The error of the first rank that has one, on every rank. All ranks call this."""
     if error is not None and not isinstance(error, OSError | CheckpointError):  # it may not travel
         error = RuntimeError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    for first in errors:
-        if first is not None:
-            raise first
+    return next((first for first in errors if first is not None), None)
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:

@@ -233,6 +233,41 @@ def test_a_save_whose_folder_is_removed_is_not_taken_for_a_checkpoint(two_ranks:
         assert f"{SAVING}{name(6)}" in told
 
 
+def lose_a_peer_while_publishing(run_dir: Path) -> tuple[int, list[str]]:
+    """The other rank is gone when this one waits for a save that rank 0 is about to publish."""
+    setting = Setting(run_dir, keep_last=1)
+    setting.saved(5)
+    go_on = threading.Event()
+
+    def hold(reached: str) -> None:
+        if reached == "save: rename":
+            go_on.wait(10)
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("gloo/transport: Connection reset by peer")
+
+    phases.listeners.append(hold)
+    try:
+        setting.save(6)
+        save = setting.writer.newest
+        assert save is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(program.dist, "all_gather_object", lost)
+            with pytest.raises(RuntimeError, match="gloo/transport"):
+                setting.writer.wait()
+        go_on.set()
+        save.published.wait()
+    finally:
+        phases.listeners.remove(hold)
+    found = setting.found()
+    setting.engine.destroy()
+    return found
+
+
+def test_what_is_being_published_stays_whole_though_a_peer_is_gone(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(lose_a_peer_while_publishing, tmp_path) == [(6, [])] * 2
+
+
 def refuse_for_space(run_dir: Path) -> tuple[str, list[str]]:
     setting = Setting(run_dir)
     setting.saved(5)
