@@ -36,6 +36,8 @@ def locate(model: GPT, batches: list[tuple[Tensor, ...]]) -> str:
     try:
         with torch.compiler.set_stance("force_eager"):  # what is compiled runs no hooks
             found = first_in_micro_steps(model, batches)
+    except torch.OutOfMemoryError:  # what is not compiled takes more; the run is over for another reason
+        found = "not located: memory ran out"
     finally:
         model.zero_grad()
     parts = [f"not finite before the step: {poisoned}"] if poisoned else []

@@ -277,6 +277,22 @@ def test_a_fault_that_does_not_happen_again_is_said_to_be_one(two_ranks: RankPoo
     assert "; not reproduced: computed again, all losses and gradients are finite; " in summary(run_dir)["reason"]
 
 
+def locate_without_memory(run_dir: Path) -> str:
+    """What looking for the layer says where its computation, which is not the compiled one, finds no memory."""
+    from model import not_finite
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(not_finite, "first_in_micro_steps", no_memory)
+        return not_finite.locate(torch.nn.Linear(2, 2), [])  # type: ignore[arg-type]
+
+
+def test_memory_that_runs_out_while_the_layer_is_looked_for_hides_no_nan(two_ranks: RankPool, tmp_path: Path) -> None:
+    assert two_ranks.run(locate_without_memory, tmp_path) == ["not located: memory ran out"] * 2
+
+
 def train_with_a_weight_gone_bad(run_dir: Path) -> int:
     """On every rank: after step 3, a weight of rank 1 is infinite, as no update made it."""
     import torch.distributed as dist
