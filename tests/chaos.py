@@ -453,8 +453,9 @@ def last_line(text: str) -> str:
 class Chaos:
     """Runs that are disturbed, beside the same runs undisturbed."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, variants: int = len(VARIANTS)) -> None:
         self.folder, self.seed, self.rng = folder, seed, random.Random(seed)
+        self.variants = list(VARIANTS)[:variants]
         self.undisturbed: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {}
         self.outcomes: list[Outcome] = []
 
@@ -474,7 +475,7 @@ class Chaos:
 
     def live(self, number: int, deadline: float, faults: int) -> None:
         """One run folder until it has completed; undisturbed as soon as there were enough faults."""
-        variant = list(VARIANTS)[(number - 1) % len(VARIANTS)]
+        variant = self.variants[(number - 1) % len(self.variants)]
         if variant not in self.undisturbed:
             self.run_undisturbed(variant)
         losses, weights = self.undisturbed[variant]
@@ -544,13 +545,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="no fault after this time; the run still completes")
     parser.add_argument("--faults", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="of the run: the first so many")
     parser.add_argument("--folder", type=Path, help="of the runs; default: a temporary one, kept if anything fails")
     parser.add_argument("--out", type=Path, help="write all that happened as JSON")
     command = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(command)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     folder = args.folder or Path(tempfile.mkdtemp(prefix="moelab_chaos_"))
-    chaos, started, deadline = Chaos(folder.resolve(), args.seed), utc_now(), time.time() + 60 * args.minutes
+    chaos, started, deadline = (
+        Chaos(folder.resolve(), args.seed, args.variants),
+        utc_now(),
+        time.time() + 60 * args.minutes,
+    )
     life = 0
     while life == 0 or (time.time() < deadline and chaos.faults < args.faults):
         life += 1

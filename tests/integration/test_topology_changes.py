@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_zero_and_memory import OFFLOAD, PARTITIONED, Case, load, save, start_engine, train_step
+from test_zero_and_memory import PARTITIONED, Case, load, save, start_engine, train_step
 
 from model.checkpoint import read_tensors
 from model.optim import set_lr
@@ -65,11 +65,6 @@ def assert_equal(ours: dict[Any, torch.Tensor], theirs: dict[Any, torch.Tensor])
             Case("DENSE", {"stage": 0}, bf16=True),
             Case("DENSE", ZERO_1, bf16=True),
             Case("DENSE", PARTITIONED, bf16=True),
-        ),
-        (
-            Case("MOE", {"stage": 2, **OFFLOAD}, 2, muon=True),
-            Case("MOE", ZERO_1, 1, muon=True),
-            Case("MOE", ZERO_2, 4, muon=True),
         ),
     ],
     ids=lambda case: str(case) if isinstance(case, Case) else None,
