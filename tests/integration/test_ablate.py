@@ -63,8 +63,8 @@ class Ablation:
         )
 
     def start_slowly(self, command: str, *arguments: str) -> "subprocess.Popen[str]":
-        """With runs of five seconds, so that the next queue finds the first of them at work."""
-        quick, self.variables["FAKE_SECONDS"] = self.variables["FAKE_SECONDS"], "0.25"
+        """With runs of some seconds, so that the next queue finds the first of them at work."""
+        quick, self.variables["FAKE_SECONDS"] = self.variables["FAKE_SECONDS"], "0.15"
         try:
             return self.start(command, *arguments)
         finally:

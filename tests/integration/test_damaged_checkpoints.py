@@ -146,8 +146,11 @@ def test_undamaged_the_newest_is_continued_and_nothing_is_said(two_ranks: RankPo
     assert begun(two_ranks, run_dir) == (NEWEST, "")
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("file", ["rank_00000.safetensors", "rank_00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    ("file", "way"),
+    [(file, way) for file in ("rank_00000.safetensors", "manifest.json") for way in WAYS]
+    + [("rank_00001.safetensors", way) for way in ("missing", "half", "one bit in the middle", "a pickle")],
+)
 def test_a_damaged_file_is_named_and_the_older_checkpoint_continued(
     two_ranks: RankPool, run_dir: Path, file: str, way: str
 ) -> None:

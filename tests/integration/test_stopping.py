@@ -29,7 +29,6 @@ BATCHES = 16  # of a validation on synthetic data, on each of two ranks
 @pytest.mark.parametrize(
     ("case", "code"),
     [
-        (Case("launch.run", signal.SIGKILL, "launch.run"), -9),
         (Case("deepspeed", signal.SIGTERM, "deepspeed"), -15),
     ],
     ids=str,
