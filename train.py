@@ -363,8 +363,9 @@ class Trainer:
             elif self.is_due(train.expert_load_every):
                 self.routing_metrics(stats.reduce())
             if self.is_due(train.eval_every):
-                if self.run.compile.mode != "none" and "val/loss" not in self.latest:
-                    self.save()  # validation is about to be compiled
+                compiles = self.run.compile.mode != "none" and "val/loss" not in self.latest
+                if compiles and not self.guard.in_a_row:
+                    self.save()  # what a stop while validation compiles would wait for
                 metrics |= self.validate()
                 if self.stop.agreed and not metrics:
                     metrics = self.train_metrics(stats)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import CheckpointError
+from model.files import sync_folder, write_durably
 from model.manifest import (
     LATEST,
     MANIFEST,
@@ -40,9 +41,7 @@ from model.manifest import (
     TrainingState,
     joined,
     read_manifest,
-    sync_folder,
     verify_file,
-    write_file,
     write_manifest,
 )
 from model.partition import MUON_MOMENT, Span, TrainingPartition
@@ -174,7 +173,7 @@ class Save:
             own = RankFacts(
                 file=file, bytes=size, sha256=sha256, tensors=self.facts, optimizer_steps=self.optimizer_steps
             )
-            write_file(self.description(self.rank), own.model_dump_json().encode())
+            write_durably(self.description(self.rank), own.model_dump_json().encode())
             self.written.set()
             if self.rank == 0:
                 self._publish()
@@ -290,13 +289,13 @@ def publish(folder: Path, saving: Path, name: str) -> None:
     saving.replace(final)
     sync_folder(folder)
     reached("save: latest")
-    write_file(folder / LATEST, name.encode())
+    write_durably(folder / LATEST, name.encode())
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def name_latest(checkpoint: Path) -> None:
     """Let `latest` name another checkpoint that is there: whoever continues the run continues from that one."""
-    write_file(checkpoint.parent / LATEST, checkpoint.name.encode())
+    write_durably(checkpoint.parent / LATEST, checkpoint.name.encode())
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 import tokenizers
 
 from model.config import DataError
+from model.files import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,16 +181,6 @@ def _open_at(path: Path, size: int) -> BinaryIO:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest dtype that megatron-core writes and that holds the ids 0 .. vocab_size - 1."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the whole new one: a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:

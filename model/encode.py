@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model.config import DataError
-from model.data import TokenFileWriter, Tokenizer, token_dtype, write_durably
+from model.data import TokenFileWriter, Tokenizer, token_dtype
+from model.files import write_durably
 from model.text import Document, read_texts
 
 SPLITS = ("train", "val")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model.config import CheckpointError
+from model.files import write_durably
 from model.tensor_files import hash_of_file
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -149,7 +149,7 @@ def incomplete_tensor(manifest: Manifest) -> str | None:
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Write manifest.json durably, with a hash of its own content."""
     content = manifest.model_dump(mode="json")
-    write_file(checkpoint / MANIFEST, json.dumps({"sha256": hash_of_json(content), **content}, indent=1).encode())
+    write_durably(checkpoint / MANIFEST, json.dumps({"sha256": hash_of_json(content), **content}, indent=1).encode())
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -195,23 +195,3 @@ def verify_file(checkpoint: Path, name: str, facts: FileFacts) -> None:
 
 def hash_of_json(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a crash, of the machine too, leaves the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: what was created, renamed or removed there."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.checkpoint import SAVING, Reader, key_of
 from model.config import CheckpointError
+from model.files import sync_folder
 from model.manifest import (
     Manifest,
     Piece,
@@ -18,7 +19,6 @@ from model.manifest import (
     TensorFacts,
     joined,
     read_manifest,
-    sync_folder,
     verify_file,
     write_manifest,
 )

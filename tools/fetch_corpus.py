@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.config import DataError
-from model.data import write_durably
+from model.files import write_durably
 
 # Prose, reference and dictionaries. A name with a version is of Debian 12 or 13; what a release lacks is skipped.
 PACKAGES = """

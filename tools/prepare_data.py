@@ -45,9 +45,9 @@ from model.data import (
     builtin_dir,
     read_manifest,
     token_dtype,
-    write_durably,
 )
 from model.encode import CHUNK_CHARS, SPLITS, Progress, Texts, encode_splits, read_progress
+from model.files import write_durably
 from model.text import READERS, TEXT_KEY, documents, find_files
 from model.tokenizer_files import TOKENIZER_NAME, GivenTokenizer, read_tokenizer
 

@@ -1,5 +1,6 @@
 """The queue of a suite as a program: killed at any moment, started again, refused, retried. Runs are fake_launch.py."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.experiment import TOKEN, Experiment, processes_with_token
@@ -87,6 +89,16 @@ class Ablation:
 
     def alive(self) -> list[str]:
         return [folder for folder, _ in processes_with_token() if folder.startswith(str(self.exp_dir))]
+
+    def kill_runs(self) -> None:
+        """SIGKILL to every run, until none is left: a process lives on for a moment after it."""
+        deadline = time.monotonic() + PATIENCE
+        while left := [process for folder, process in processes_with_token() if folder in self.alive()]:
+            assert time.monotonic() < deadline, left
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.01)
 
     def await_step(self, step: int) -> Path:
         """Wait until some run has logged a step; its folder."""
@@ -213,8 +225,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_in_a_fresh_folder
     folder = ablation.await_step(4)
     queue.kill()
     queue.communicate()
-    for _, process in [each for each in processes_with_token() if each[0] == str(folder)]:
-        process.kill()
+    ablation.kill_runs()
     assert ablation.statuses()["base/repeat1"] == "interrupted"
     assert ablation("run").returncode == 0
     assert folder.is_dir()
@@ -424,11 +435,11 @@ def test_quality_runs_go_side_by_side_each_with_its_share_of_the_cores(tmp_path:
     ablation.await_step(1)
     most = 0
     while queue.poll() is None:
-        shares = {
-            process.environ().get("OMP_NUM_THREADS")
-            for folder, process in processes_with_token()
-            if folder in ablation.alive()
-        }
+        shares = set()
+        for folder, process in processes_with_token():
+            with contextlib.suppress(psutil.Error):  # it may end between the two looks
+                if folder in ablation.alive():
+                    shares.add(process.environ().get("OMP_NUM_THREADS"))
         most = max(most, len(set(ablation.alive())))
         assert shares <= {"1"}
         time.sleep(0.05)

@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_ends_the_preparation_which_can_go_on(
 
 
 def test_two_interrupts_at_once_end_the_preparation_and_its_workers(texts, tmp_path):
-    (texts / "long.txt").write_text("all the words of the union " * 60_000)  # a worker is at it for seconds
+    (texts / "long.txt").write_text("all the words of the union " * 600_000)  # a worker is at it for seconds
     process = start(arguments(texts, tmp_path / "set", workers=2), "signal.setitimer(signal.ITIMER_REAL, 120)")
     tool = psutil.Process(process.pid)
 
