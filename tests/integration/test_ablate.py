@@ -23,7 +23,7 @@ from launched import PATIENCE, TINY, environment
 
 FAKE_LAUNCH = Path(__file__).parent / "fake_launch.py"
 ABLATE_FAKE = (
-    "import sys, launch.ablate; "
+    "import sys, launch.ablate, launch.run_queue; launch.run_queue.POLL_SECONDS = 0.05; "
     "sys.exit(launch.ablate.main(sys.argv[2:], launcher=[sys.executable, sys.argv[1]], reporter=['true']))"
 )
 LEGS = {
