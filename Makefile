@@ -19,7 +19,7 @@ train: $(VENV)/.ready
 	python -m launch.run $(CONFIG) --run_dir $(RUN_DIR)
 
 test: $(VENV)/.ready
-	python -m pytest tests $(PYTEST_ARGS)
+	python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 setup: $(VENV)/.ready
 

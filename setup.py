@@ -38,7 +38,7 @@ setup(
             "megatron-core==0.16.1; python_version < '3.14'",
             "mypy",
             "pytest",
-            "pytest-timeout",
+            "pytest-xdist",
             "selenium",
             "transformers",
         ],
