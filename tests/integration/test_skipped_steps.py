@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.run_config import REPO_ROOT, load_run
-from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED
+from launch.run_dir import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, saved_steps
 from model.config import ActivationCheckpointing
 from model.fp8_weights import refresh_fp8
 from model.gpt import GPT
@@ -329,6 +329,17 @@ def test_a_run_that_is_resumed_after_a_skipped_step_continues_bit_for_bit(two_ra
     whole, halves = metrics(tmp_path / "whole"), metrics(tmp_path / "halves")
     for name in ("train/loss", "train/grad_norm", "moe/bias_range", "train/lr"):
         assert [line.get(name) for line in halves.values()] == [line.get(name) for line in whole.values()], name
+
+
+def test_a_row_of_skipped_steps_is_not_saved_before_a_validation_that_will_be_compiled(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    run_dir, settings = tmp_path / "run", ("run.compile.mode=static", "run.train.eval_every=2", "run.train.keep_last=9")
+    assert train(two_ranks, run_dir, None, *settings, "run.train.stop_at_step=1") == EXIT_STOPPED
+    fault = Fault("loss", 1, range(1, 2))  # in step 2, the first of this attempt
+    assert train(two_ranks, run_dir, fault, *settings, "run.train.stop_at_step=3") == EXIT_STOPPED
+    assert "val/loss" in metrics(run_dir)[2]
+    assert saved_steps(run_dir) == [0, 1, 3]
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------
