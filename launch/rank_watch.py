@@ -88,6 +88,7 @@ class RankWatch:
         # Held for good by whoever ends the run, this thread or the main one; the other then waits for the end.
         self.ending = threading.Lock()
         self.has_end = self.main_has_end = False
+        self.fault: BaseException | None = None  # that this thread has ended with
 
         self.phase, self.phases = "start", 0  # what the main thread is doing, and how often it has said so
         self.durable: Callable[[float], bool] | None = None  # set while the state is that of a checkpoint
@@ -157,7 +158,9 @@ class RankWatch:
         self.durable = durable
 
     def is_asked(self) -> bool:
-        """Whether this rank knows of a request to stop."""
+        """Whether this rank knows of a request to stop. Raises RuntimeError if it would hear of none any more."""
+        if self.fault is not None:
+            raise RuntimeError("the watch over this rank has failed: nobody would hear a stop") from self.fault
         return self.asked is not None
 
     def stand_by(self) -> None:
@@ -216,11 +219,13 @@ class RankWatch:
                 self._hear_signals(now)
                 self._look_around(now)
                 self._end_if_need_be(now)
-        except BaseException:  # of any kind: nobody else would end a run of which this thread has taken the end
-            traceback.print_exc()
+        except (
+            BaseException
+        ) as error:  # of any kind: nobody else would end a run of which this thread has taken the end
             if self.has_end:
+                traceback.print_exc()
                 leave(EXIT_FAILED)
-            raise
+            self.fault = error  # the main thread raises it, at the next step boundary
 
     def _hear_signals(self, now: float) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -309,7 +314,7 @@ class RankWatch:
                 message = json.loads(line)
             except ValueError:  # over NFS the lines of two hosts may overwrite each other
                 continue
-            if message["attempt"] != self.attempt or message["rank"] == self.rank:
+            if not isinstance(message, dict) or message["attempt"] != self.attempt or message["rank"] == self.rank:
                 continue
             if message["what"] == "stop":
                 self.told_stop = True  # by that rank, to all

@@ -115,6 +115,23 @@ def test_after_an_update_has_begun_the_watch_waits_for_the_boundary(start: Start
     assert summary(run_dir) == ("running", "")
 
 
+def test_a_watch_that_fails_ends_the_run_rather_than_leave_it_deaf(start: Start) -> None:
+    (first,) = start("meet watch_fails boundary wait")
+    first.await_line("RuntimeError: the watch over this rank has failed: nobody would hear a stop")
+    assert first.code() == 1
+
+
+def test_a_line_of_requests_that_two_hosts_wrote_over_each_other_is_passed_over(start: Start, run_dir: Path) -> None:
+    first, second = start("meet ready boundary", "meet ready boundary wait")
+    first.await_line("reached ready")
+    with open(run_dir / "requests.jsonl", "ab") as file:
+        file.write(b'7\n{"att\n')
+    second.await_line("reached ready")
+    second.send(signal.SIGTERM)
+    first.await_line("agreed: SIGTERM to rank 1")
+    second.await_line("waiting")
+
+
 def test_a_checkpoint_that_does_not_reach_the_disk_is_no_stop(start: Start, run_dir: Path) -> None:
     (first,) = start("meet never_saved wait")
     first.await_line("waiting")

@@ -55,6 +55,8 @@ for command in sys.argv[5:]:
             time.sleep(0.01)
         watch.stand_by()
         tell(f"agreed: {watch.asked}")
+    elif command == "watch fails":
+        watch.launchers["launch.run"] = 0  # type: ignore[assignment]
     elif command == "start slowly":
         time.sleep(1)
     elif command == "wait":
